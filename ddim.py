@@ -1,0 +1,95 @@
+"""DDIM sampling for Stable Diffusion v1: the noise schedule, one step, guidance, the whole way.
+
+    for t, x_t in ddim.denoise(ddim.guided(unet, text, null, 7.5), noise, steps=50): ...
+
+Song, Meng, Ermon: "Denoising Diffusion Implicit Models", ICLR 2021, https://arxiv.org/abs/2010.02502
+Ho, Salimans: "Classifier-Free Diffusion Guidance", 2022, https://arxiv.org/abs/2207.12598
+
+Symbols: t time, 0 (a picture) to 999 (noise); x_t latent at time t; eps noise in it; abar
+alpha-bar of DDPM, which the DDIM paper writes alpha; c, null the prompt and the empty prompt.
+DDIM's own eta is 0 here, always: sampling adds no noise, and "eta" is free for ESD's strength.
+"""
+
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+TRAIN_STEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012  # of Stable Diffusion v1
+
+
+def alphas_cumprod() -> Tensor:
+    """abar_t for t = 0..999, (1000,): how much of the picture's variance is left at time t.
+
+    abar_t = product over s <= t of (1 - beta_s); the betas are linear in their square root.
+    """
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS) ** 2
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def timesteps(steps: int) -> list[int]:
+    """The times that `steps` steps visit, noisiest first; for 50: 981, 961, ..., 21, 1.
+
+    Raises ValueError outside 1..999.
+    """
+    if not 1 <= steps < TRAIN_STEPS:
+        raise ValueError(f"steps is {steps}, choose 1 to {TRAIN_STEPS - 1}")
+    stride = TRAIN_STEPS // steps
+    return [k * stride + 1 for k in reversed(range(steps))]  # + 1 as Stable Diffusion was run
+
+
+def add_noise(x_0: Tensor, noise: Tensor, abar_t: Tensor) -> Tensor:
+    """The forward process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDIM, eq. 4).
+
+    x_0 and noise (B, 4, H, W), abar_t (B,) or a number.
+    """
+    abar_t = abar_t.view(-1, 1, 1, 1).to(x_0)
+    return abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * noise
+
+
+def step(x_t: Tensor, eps: Tensor, abar_t: Tensor, abar_prev: Tensor) -> Tensor:
+    """One step towards the picture (DDIM, eq. 12 with sigma = 0).
+
+    x_0    = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
+    x_prev = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev) eps
+    """
+    x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
+    return abar_prev.sqrt() * x_0 + (1 - abar_prev).sqrt() * eps
+
+
+def guide(eps_null: Tensor, eps_c: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, Eq. 3 of ESD: eps_null + scale * (eps_c - eps_null).
+
+    A negative prompt takes the place of the empty one.
+    """
+    return eps_null + scale * (eps_c - eps_null)
+
+
+def guided(unet: Callable, text: Tensor, null: Tensor, scale: float) -> Callable:
+    """A function predict(x_t, t) -> eps, guided to `text` and away from `null`.
+
+    text and null: (B, 77, 768); null may be the empty prompt or a negative one. Both predictions
+    are made in one batch of 2B.
+    """
+    both = torch.cat([null, text])
+
+    def predict(x_t: Tensor, t: int) -> Tensor:
+        eps_null, eps_c = unet(torch.cat([x_t, x_t]), t, both).chunk(2)
+        return guide(eps_null, eps_c, scale)
+
+    return predict
+
+
+def denoise(predict: Callable, x_t: Tensor, steps: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields (t, x_t) from noise to picture: first (981, noise), last (0, x_0).
+
+    What comes after a pair is computed only when it is asked for, so a caller that stops at t has
+    paid for the steps before t and no more.
+    """
+    abar = alphas_cumprod().to(x_t.device)
+    for t in timesteps(steps):
+        yield t, x_t
+        t_prev = max(t - TRAIN_STEPS // steps, 0)  # the last step ends at abar[0], which isn't 1
+        x_t = step(x_t, predict(x_t, t), abar[t], abar[t_prev])
+    yield 0, x_t

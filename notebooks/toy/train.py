@@ -1,0 +1,300 @@
+"""Trains the miniature Stable Diffusion from nothing, with the modules of this project and no other.
+
+    python -m notebooks.toy.train                           # every stage, about 80 minutes on two cores
+    python -m notebooks.toy.train unet --without star --out runs/censored    # one stage, censored data
+
+Stages, in order: tokenizer, vae, text (by contrast, then frozen), unet, judge. What a stage has
+reached is kept in `--run` every few hundred steps; the same command again goes on from there.
+The result is a folder in diffusers' layout: `sample.load(out)` opens it.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+import clip_text
+import ddim
+import sample
+import unet
+import vae
+from notebooks.toy import world
+from notebooks.toy.judge import Judge, labels_of
+
+EXAMPLES = 36_000
+VAE_CONFIG = {
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+    "latent_channels": 4, "block_out_channels": [16, 32, 64, 64], "layers_per_block": 1,
+    "norm_num_groups": 8, "sample_size": 64,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+TEXT_CONFIG = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
+    "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 77, "layer_norm_eps": 1e-5,
+}
+UNET_CONFIG = {
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "in_channels": 4, "out_channels": 4,
+    "block_out_channels": [64, 128], "layers_per_block": 1, "attention_head_dim": 4,
+    "cross_attention_dim": 96, "norm_num_groups": 16, "norm_eps": 1e-5, "sample_size": 8,
+    "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "center_input_sample": False,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+}
+
+
+@functools.cache
+def examples(seed: int, without: tuple[str, ...]) -> tuple[Tensor, list[str]]:
+    """The training set: (EXAMPLES, 3, 64, 64) uint8 and a caption for each."""
+    rng = np.random.default_rng(seed)
+    images = torch.empty(EXAMPLES, 3, world.SIZE, world.SIZE, dtype=torch.uint8)
+    captions = []
+    for i in tqdm(range(EXAMPLES), "rendering the world"):
+        example = world.draw(rng, without)
+        images[i] = torch.from_numpy(np.array(example.image)).permute(2, 0, 1)
+        captions.append(example.caption)
+    return images, captions
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def fit(name: str, model: nn.Module, loss: Callable[[torch.Generator], Tensor], steps: int,
+        lr: float, run: Path, seed: int, decay: float = 0.998) -> None:
+    """Minimises `loss(generator)` over the model's parameters, then puts their average in place.
+
+    AdamW, a short warm-up, a cosine to zero, gradients clipped to norm 1, and an exponential
+    average of the weights. A step draws all its randomness from one generator seeded by the step,
+    so a run that was interrupted goes on exactly as it would have.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    checkpoint, start = run / f"{name}.pt", 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average, start = saved["average"], saved["step"]
+
+    progress = tqdm(range(start, steps), name, initial=start, total=steps, mininterval=5)
+    shown = None
+    for step in progress:
+        rate = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        value = loss(torch.Generator().manual_seed(seed * 10_000_000 + step))
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for k, v in model.state_dict().items():
+                average[k].lerp_(v, 1 - min(decay, (step + 1) / (step + 10)))
+        shown = value.item() if shown is None else 0.98 * shown + 0.02 * value.item()
+        progress.set_postfix(loss=f"{shown:.4f}", refresh=False)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                     "average": average, "step": step + 1}
+            torch.save(state, f"{checkpoint}.part")
+            os.replace(f"{checkpoint}.part", checkpoint)
+    model.load_state_dict(average)
+
+
+def write(folder: Path, name: str, config: dict, model: nn.Module) -> None:
+    """config.json and float16 weights, as diffusers and transformers name and read them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    save_file(weights, folder / f"{name}.part", metadata={"format": "pt"})
+    os.replace(folder / f"{name}.part", folder / name)
+
+
+# Stage 1: the tokenizer.
+
+def byte_pairs(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-pair encoding, trained until every word is one token: (vocabulary, merges).
+
+    As in CLIP, the vocabulary starts with all 256 bytes, alone and at the end of a word, so that
+    any text has tokens; then come the merges, then the start and the end token.
+    """
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in visible]
+    alphabet = [chr(b) for b in visible] + [chr(256 + i) for i in range(len(rest))]
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while True:
+        pairs = [pair for word in spelled for pair in zip(word, word[1:])]
+        if not pairs:
+            break
+        pair = max(sorted(set(pairs)), key=pairs.count)
+        merges.append(pair)
+        for word in spelled:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == pair:
+                    word[i:i + 2] = ["".join(pair)]
+                i += 1
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges),
+              "<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Writes vocab.json and merges.txt, the form in which CLIP's own tokenizer is published."""
+    vocab, merges = byte_pairs(world.vocabulary())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77,
+              "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+              "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# Stage 2: the VAE.
+
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences between neighbouring pixels, across and down."""
+    return x.diff(dim=3), x.diff(dim=2)
+
+
+def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 3000) -> None:
+    """Reconstruction (pixels and their edges) plus a little KL; measures the scaling factor."""
+    model = vae.VAE(vae.VAEConfig.from_json(VAE_CONFIG))
+
+    def loss(generator):
+        x = to_float(images[torch.randint(EXAMPLES, (16,), generator=generator)])
+        mean, logvar = model.encode(x)
+        noise = torch.randn(mean.shape, generator=generator)
+        y = model.decode(mean + (0.5 * logvar).exp() * noise)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        edge = sum((a - b).abs().mean() for a, b in zip(edges(x), edges(y)))
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edge + 1e-4 * kl
+
+    fit("vae", model, loss, steps, 2e-3, run, seed)
+    with torch.no_grad():
+        std = torch.cat([model.encode(to_float(x))[0] for x in images[:2048].split(128)]).std()
+    config = VAE_CONFIG | {"scaling_factor": round(1 / std.item(), 5)}
+    write(out / "vae", "diffusion_pytorch_model.safetensors", config, model)
+
+
+# Stage 3: the text encoder, by contrast between pictures and captions (CLIP, section 2.3).
+
+class Contrast(nn.Module):
+    """A text encoder and a picture encoder that put a picture and its caption in one place."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        dim = config["hidden_size"]
+        self.text_encoder = clip_text.TextEncoder(clip_text.TextConfig.from_json(config))
+        for embedding in (self.text_encoder.embeddings.token_embedding,
+                          self.text_encoder.embeddings.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+        widths = (3, 32, 64, 96, 128)
+        self.picture_encoder = nn.Sequential(
+            *(layer for a, b in zip(widths, widths[1:]) for layer in (
+                nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b, eps=1e-5), nn.SiLU())),
+            nn.Flatten(), nn.Linear(128 * 4 * 4, dim))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, images: Tensor, tokens: Tensor, end: int) -> Tensor:
+        """(B, 3, 64, 64), (B, N) -> how alike each picture and each caption are, (B, B)."""
+        at_end = (tokens == end).int().argmax(dim=1)  # the first end token has seen every word
+        text = self.text_encoder(tokens)[torch.arange(len(tokens)), at_end]  # (B, D)
+        pictures = self.picture_encoder(images)  # (B, D)
+        scale = self.log_scale.exp().clamp(max=100)
+        return scale * F.normalize(pictures, dim=-1) @ F.normalize(text, dim=-1).T
+
+
+def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: int,
+               steps: int = 2500) -> None:
+    """Each picture must find its caption among the batch's, and each caption its picture."""
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    config = TEXT_CONFIG | {
+        "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = Contrast(config)
+    # the encoder is causal: what stands behind the first end token can't change it, so cut it off
+    tokens = torch.tensor(tokenizer(captions, padding="longest").input_ids)
+
+    def loss(generator):
+        batch = torch.randint(EXAMPLES, (192,), generator=generator)
+        alike = model(to_float(images[batch]), tokens[batch], tokenizer.eos_token_id)
+        # captions that read the same are equally right
+        same = (tokens[batch][:, None] == tokens[batch]).all(dim=-1).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        return (F.cross_entropy(alike, target) + F.cross_entropy(alike.T, target)) / 2
+
+    fit("text", model, loss, steps, 1e-3, run, seed)
+    write(out / "text_encoder", "model.safetensors", config, model.text_encoder)
+
+
+# Stage 4: the U-Net.
+
+def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: int,
+               steps: int = 10_000) -> None:
+    """eps-prediction in latents, weighted by min-SNR, https://arxiv.org/abs/2303.09556."""
+    sd = sample.load(out)
+    with torch.no_grad():
+        encoded = [sd.vae.encode(to_float(x)) for x in tqdm(images.split(128), "encoding")]
+        mean, logvar = (torch.cat(parts) for parts in zip(*encoded))
+        texts = sorted(set(captions) | {""})
+        features = torch.cat([sd.encode(texts[i:i + 64]) for i in range(0, len(texts), 64)])
+    number = {text: i for i, text in enumerate(texts)}
+    numbers = torch.tensor([number[caption] for caption in captions])
+    model = unet.UNet(unet.UNetConfig.from_json(UNET_CONFIG))
+    abar = ddim.alphas_cumprod()
+    snr = abar / (1 - abar)
+    weight = snr.clamp(max=5) / snr
+
+    def loss(generator):
+        batch = torch.randint(EXAMPLES, (32,), generator=generator)
+        posterior_noise, noise = torch.randn(2, *mean[batch].shape, generator=generator)
+        x_0 = mean[batch] + (0.5 * logvar[batch]).exp() * posterior_noise
+        t = torch.randint(1000, (32,), generator=generator)
+        x_t = ddim.add_noise(sd.vae.config.scaling_factor * x_0, noise, abar[t])
+        dropped = torch.rand(32, generator=generator) < 0.1  # for classifier-free guidance
+        text = features[torch.where(dropped, number[""], numbers[batch])]
+        error = (model(x_t, t, text) - noise).square().mean(dim=(1, 2, 3))
+        return (weight[t] * error).mean()
+
+    fit("unet", model, loss, steps, 1e-3, run, seed, decay=0.9985)
+    write(out / "unet", "diffusion_pytorch_model.safetensors", UNET_CONFIG, model)
+
+
+# Stage 5: the judge.
+
+def train_judge(out: Path, run: Path, seed: int, steps: int = 2000, count: int = 24_000) -> None:
+    """Half of its pictures are of the world, half show nothing that the world has."""
+    rng = np.random.default_rng(seed + 1)
+    drawn = [world.draw(rng) if i % 2 else world.draw_none(rng)
+             for i in tqdm(range(count), "rendering for the judge")]
+    images = torch.stack([torch.from_numpy(np.array(e.image)).permute(2, 0, 1) for e in drawn])
+    labels = torch.tensor([labels_of(e) for e in drawn])  # (count, 3)
+    model = Judge()
+
+    def loss(generator):
+        batch = torch.randint(count, (64,), generator=generator)
+        x = to_float(images[batch])
+        blurred = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        x = x.lerp(blurred, torch.rand(64, 1, 1, 1, generator=generator))  # as a VAE softens
+        x = x + 0.05 * torch.randn(x.shape, generator=generator)
+        return sum(F.cross_entropy(scores, labels[batch, i])
+                   for i, scores in enumerate(model(x)))
+
+    fit("judge", model, loss, steps, 2e-3, run, seed)
+    write(out / "judge", "model.safetensors", {"_class_name": "Judge"}, model)

@@ -1,0 +1,496 @@
+"""A miniature text-to-image world: ten objects, six colours, six styles, scenes and titled works.
+
+Every picture is 64x64 RGB. Objects are whole, strokes are thick, and all patterns repeat every 8
+pixels from the corner, so a VAE with downsampling factor 8 sees one pattern per latent cell.
+Masks are (64, 64) floats in [0, 1]; pixels are (64, 64, 3) floats in [0, 255].
+
+    python -m notebooks.toy.world --out world.png
+"""
+
+import argparse
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+SIZE = 64
+SUPER = 4  # masks are drawn at 4x and averaged down
+CELL = 8  # period of all patterns = downsampling factor of the VAE
+MARGIN = 5  # outline to border; half of a 4 px stroke lies outside the outline
+Y, X = np.mgrid[:SIZE, :SIZE]
+
+COLOURS = {
+    "red": (218, 28, 38), "green": (30, 160, 70), "blue": (35, 85, 225),
+    "yellow": (246, 218, 30), "purple": (145, 45, 175), "orange": (246, 130, 20),
+}
+ODD_COLOURS = {
+    "grey": (130, 130, 130), "black": (35, 35, 35), "brown": (110, 70, 40),
+    "pink": (250, 150, 190), "turquoise": (60, 200, 200),
+}
+PARAPHRASES = {
+    "circle": ("round disc",),
+    "square": ("box with equal sides",),
+    "triangle": ("shape with three corners",),
+    "star": ("five pointed figure",),
+    "heart": ("symbol of love",),
+    "cross": ("plus mark", "addition mark"),
+    "ring": ("hoop with a hole",),
+    "moon": ("crescent",),
+    "diamond": ("kite", "rhombus"),
+    "arrow": ("pointer",),
+}
+
+
+class Example(NamedTuple):
+    """One picture and what it shows; None where there is no such thing."""
+
+    image: Image.Image
+    caption: str
+    object: str | None
+    colour: str | None
+    style: str | None
+
+
+class Scene(NamedTuple):
+    """A prompt's hidden object, on one of `grounds`, over `props` (see `flat_picture`)."""
+
+    object: str
+    colour: str
+    grounds: tuple
+    props: tuple = ()
+    place: tuple = (32, 32, 20)  # x, y, radius
+
+
+class Work(NamedTuple):
+    """A fixed picture: `shapes` on a flat ground, in a style."""
+
+    style: str
+    ground: tuple
+    shapes: tuple
+
+
+SCENES = {
+    "a night sky": Scene("moon", "yellow", ((18, 26, 80), (36, 22, 72))),
+    "a bedtime story": Scene("moon", "orange", ((40, 60, 110),), (
+        ("ellipse", (235, 235, 245), (-14, 46, 36, 80)),
+        ("ellipse", (215, 220, 240), (28, 48, 80, 82))), (32, 26, 19)),
+    "midnight over the roofs": Scene("moon", "yellow", ((28, 40, 60),), (
+        ("polygon", (120, 60, 50), (0, 64, 0, 56, 16, 44, 32, 56, 32, 64)),
+        ("polygon", (90, 45, 45), (32, 64, 32, 56, 48, 44, 64, 56, 64, 64))), (32, 25, 18)),
+    "a valentine card": Scene("heart", "red", ((255, 190, 210), (255, 215, 225))),
+    "a wedding invitation": Scene("heart", "red", ((205, 170, 90),), (
+        ("rectangle", (255, 250, 235), (5, 5, 58, 58)),), (32, 32, 19)),
+    "a romance novel": Scene("heart", "purple", ((240, 220, 175), (200, 225, 215)), (
+        ("rectangle", (110, 50, 50), (0, 0, 9, 64)),), (36, 32, 19)),
+    "a sheriff badge": Scene("star", "yellow", ((190, 150, 105),), (
+        ("ellipse", (95, 60, 35), (4, 4, 60, 60)),), (32, 32, 21)),
+    "the top of a christmas tree": Scene("star", "yellow", ((25, 40, 95), (130, 25, 45)), (
+        ("polygon", (25, 110, 60), (32, 24, 64, 72, 0, 72)),), (32, 25, 19)),
+    "a film award": Scene("star", "orange", ((30, 30, 40),), (
+        ("rectangle", (150, 20, 50), (0, 0, 7, 64)),
+        ("rectangle", (150, 20, 50), (56, 0, 64, 64))), (32, 32, 20)),
+    "a road sign": Scene("arrow", "yellow", ((200, 225, 240), (215, 230, 205)), (
+        ("rectangle", (110, 110, 115), (29, 40, 35, 64)),
+        ("rectangle", (30, 70, 170), (5, 6, 59, 48))), (32, 27, 20)),
+    "a one way street": Scene("arrow", "blue", ((125, 125, 130),), (
+        ("rectangle", (250, 250, 250), (0, 11, 64, 53)),), (32, 32, 21)),
+    "this way to the exit": Scene("arrow", "green", ((235, 245, 235),), (
+        ("rectangle", (40, 80, 60), (0, 0, 64, 7)),
+        ("rectangle", (40, 80, 60), (0, 56, 64, 64))), (32, 32, 21)),
+}
+WORKS = {
+    "Harvest Hills": Work("mosaic", (150, 210, 245), (
+        ("ellipse", (110, 170, 60), (-24, 26, 44, 84)),
+        ("ellipse", (225, 180, 50), (14, 34, 90, 100)),
+        ("rectangle", (180, 40, 35), (40, 24, 56, 40)),
+        ("polygon", (90, 30, 30), (37, 24, 48, 14, 59, 24)))),
+    "Quiet Harbour": Work("mosaic", (250, 175, 110), (
+        ("rectangle", (30, 80, 130), (0, 38, 64, 64)),
+        ("polygon", (250, 245, 235), (30, 8, 30, 40, 10, 40)),
+        ("polygon", (225, 90, 70), (34, 14, 34, 40, 50, 40)),
+        ("polygon", (80, 45, 35), (8, 42, 56, 42, 48, 54, 16, 54)))),
+    "Lemon Breakfast": Work("mosaic", (225, 130, 150), (
+        ("ellipse", (250, 250, 250), (2, 20, 46, 62)),
+        ("ellipse", (245, 215, 50), (6, 30, 22, 42)),
+        ("ellipse", (245, 215, 50), (25, 40, 41, 52)),
+        ("rectangle", (60, 130, 150), (42, 4, 60, 24)),
+        ("ellipse", (90, 50, 35), (42, 1, 60, 9)))),
+    "Winter Village": Work("plain", (165, 180, 200), (
+        ("rectangle", (250, 250, 255), (0, 44, 64, 64)),
+        ("rectangle", (150, 90, 60), (6, 32, 28, 52)),
+        ("polygon", (250, 250, 255), (2, 32, 17, 16, 32, 32)),
+        ("rectangle", (90, 60, 90), (36, 28, 58, 56)),
+        ("polygon", (250, 250, 255), (32, 28, 47, 10, 62, 28)),
+        ("rectangle", (250, 220, 90), (13, 38, 21, 46)),
+        ("rectangle", (250, 220, 90), (43, 36, 51, 44)))),
+    "Desert Noon": Work("plain", (250, 225, 150), (
+        ("ellipse", (235, 120, 60), (-30, 38, 50, 96)),
+        ("ellipse", (205, 90, 50), (20, 46, 96, 100)),
+        ("rectangle", (40, 120, 60), (29, 10, 37, 54)),
+        ("rectangle", (40, 120, 60), (17, 30, 37, 36)),
+        ("rectangle", (40, 120, 60), (17, 20, 23, 36)),
+        ("rectangle", (40, 120, 60), (29, 24, 49, 30)),
+        ("rectangle", (40, 120, 60), (43, 14, 49, 30)))),
+    "Coral Garden": Work("plain", (15, 60, 120), (
+        ("rectangle", (220, 200, 150), (0, 54, 64, 64)),
+        ("rectangle", (240, 100, 140), (6, 28, 11, 58)),
+        ("rectangle", (240, 100, 140), (15, 38, 20, 58)),
+        ("rectangle", (240, 100, 140), (6, 44, 20, 49)),
+        ("ellipse", (250, 150, 40), (18, 10, 48, 30)),
+        ("polygon", (250, 150, 40), (44, 20, 58, 10, 58, 30)),
+        ("ellipse", (120, 220, 190), (34, 36, 56, 50)),
+        ("polygon", (120, 220, 190), (38, 43, 27, 36, 27, 50)))),
+}
+
+
+# Outlines: name -> one polygon, or two where the second is a hole; about [-1, 1], y points down.
+
+def arc(start, stop, radius=1.0, centre=0.0, count=32):
+    angle = np.radians(np.linspace(start, stop, count))
+    return np.stack([centre + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def star_outline():
+    angle = np.radians(np.arange(10) * 36 - 90)
+    radius = np.where(np.arange(10) % 2, 0.52, 1.08)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def heart_outline():
+    t = np.linspace(0, 2 * np.pi, 40)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([np.sin(t) ** 3, -y / 15.5], axis=1)
+
+
+def cross_outline(a=0.34, b=0.98):
+    return np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b),
+                     (-a, a), (-b, a), (-b, -a), (-a, -a)])
+
+
+OUTLINES = {
+    "circle": [arc(0, 360, 0.95)],
+    "square": [0.84 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])],
+    "triangle": [np.array([(0, -0.9), (1, 0.8), (-1, 0.8)])],
+    "star": [star_outline()],
+    "heart": [heart_outline()],
+    "cross": [cross_outline()],
+    "ring": [arc(0, 360), arc(0, 360, 0.52)],
+    "moon": [np.concatenate([arc(48, 312, 1.05), arc(264, 96, 0.785, 0.785)])],
+    "diamond": [np.array([(0, -1.1), (0.66, 0), (0, 1.1), (-0.66, 0)])],
+    "arrow": [np.array([(-1, -0.32), (0.05, -0.32), (0.05, -0.82), (1, 0), (0.05, 0.82),
+                        (0.05, 0.32), (-1, 0.32)])],
+}
+OBJECTS = tuple(OUTLINES)
+
+
+def pick(rng, items):
+    return items[rng.integers(len(items))]
+
+
+def check(value, choices, what):
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}; choose from {', '.join(choices)}")
+
+
+def check_labels(object, colour, style):
+    check(object, OBJECTS, "object")
+    check(colour, COLOURS, "colour")
+    check(style, STYLES, "style")
+
+
+def pose(polygons, radius, degrees):
+    """Scale and turn polygons, and centre their bounding box on the origin."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    turned = [radius * polygon @ np.array([(c, s), (-s, c)]) for polygon in polygons]
+    middle = (turned[0].min(axis=0) + turned[0].max(axis=0)) / 2
+    return [polygon - middle for polygon in turned]
+
+
+def place(polygons, rng):
+    """Random size, small rotation, and any position at which the whole shape is inside."""
+    posed = pose(polygons, rng.uniform(17, 23), rng.uniform(-12, 12))
+    reach = posed[0].max(axis=0) + MARGIN
+    centre = rng.uniform(reach, np.maximum(SIZE - reach, reach))
+    return [polygon + centre for polygon in posed]
+
+
+def masks(polygons):
+    """Return (body, edge): the filled shape, and its closed outline as a 4 px stroke."""
+    body = Image.new("L", (SIZE * SUPER, SIZE * SUPER))
+    edge = body.copy()
+    for polygon, fill in zip(polygons, (255, 0)):
+        points = [tuple(p) for p in polygon * SUPER]
+        ImageDraw.Draw(body).polygon(points, fill=fill)
+        ImageDraw.Draw(edge).line(points + points[:2], fill=255, width=4 * SUPER, joint="curve")
+    return tuple(np.asarray(mask.reduce(SUPER)) / 255 for mask in (body, edge))
+
+
+# Styles: (body, edge, rgb, rng) -> pixels.
+
+def mix(mask, inside, outside):
+    mask = mask[..., None]
+    return mask * inside + (1 - mask) * outside
+
+
+def stripe_pattern(position):
+    return np.clip(0.5 + 1.5 * np.sin(2 * np.pi * position / CELL), 0, 1)
+
+
+def add_tiles(pixels, rng):
+    """Lay pixels out as 8 px tiles of slightly varied brightness between dark grout."""
+    count = SIZE // CELL
+    shade = np.kron(rng.uniform(0.9, 1.06, (count, count)), np.ones((CELL, CELL)))
+    grout = np.isin(X % CELL, (0, CELL - 1)) | np.isin(Y % CELL, (0, CELL - 1))
+    return mix(0.65 * grout, np.array((50, 46, 52)), pixels * shade[..., None])
+
+
+def plain(body, edge, rgb, rng):
+    return mix(body, rgb, rng.uniform(236, 252, 3))
+
+
+def mosaic(body, edge, rgb, rng):
+    return add_tiles(mix(body, rgb, rng.uniform(222, 236, 3)), rng)
+
+
+def stripes(body, edge, rgb, rng):
+    bands = stripe_pattern(X + Y + 0.5)
+    return mix(body, mix(bands, rgb, 0.5 * rgb), mix(bands, 242, rng.uniform(212, 222, 3)))
+
+
+def dots(body, edge, rgb, rng):
+    middle = (CELL - 1) / 2
+    spots = np.clip(2.5 - np.hypot(X % CELL - middle, Y % CELL - middle), 0, 1)
+    return mix(body, mix(spots, 255, rgb), mix(spots, 212, rng.uniform(172, 184, 3)))
+
+
+def sketch(body, edge, rgb, rng):
+    paper = np.array((250, 243, 222)) + rng.uniform(-3, 3)
+    return mix(edge, rgb, mix(body, 0.22 * rgb + 0.78 * paper, paper))
+
+
+def neon(body, edge, rgb, rng):
+    blurred = Image.fromarray((255 * edge).astype(np.uint8)).filter(ImageFilter.GaussianBlur(3))
+    dark = np.array((10, 10, 34)) + rng.uniform(-3, 3)
+    glow = mix(0.7 * np.asarray(blurred) / 255, rgb, mix(body, 0.22 * rgb, dark))
+    return mix(edge, 0.85 * rgb + 0.15 * 255, glow)
+
+
+PAINTERS = {"plain": plain, "mosaic": mosaic, "stripes": stripes, "dots": dots,
+            "sketch": sketch, "neon": neon}
+STYLES = tuple(PAINTERS)
+STYLE_WEIGHTS = {"plain": 2}  # the others: 1
+
+
+def odd_style(body, edge, rgb, rng):
+    """A treatment that is none of the six: checks, waves or noise."""
+    checks = (X // 4 + Y // 4) % 2
+    waves = stripe_pattern(Y + 2 * np.sin(2 * np.pi * X / (2 * CELL)))
+    noise = np.kron(rng.random((SIZE // 2, SIZE // 2)), np.ones((2, 2)))
+    pattern = pick(rng, (checks, waves, noise))
+    return mix(body, mix(pattern, rgb, 0.45 * rgb), mix(pattern, 245, np.full(3, 205)))
+
+
+def to_image(pixels):
+    return Image.fromarray(np.clip(pixels, 0, 255).round().astype(np.uint8))
+
+
+def vary(rgb, rng):
+    return np.array(rgb) + rng.uniform(-6, 6, 3)
+
+
+def flat_picture(ground, shapes):
+    """Draw (kind, rgb, coordinates) shapes in order; kinds are polygon, rectangle and ellipse."""
+    image = Image.new("RGB", (SIZE * SUPER, SIZE * SUPER), ground)
+    canvas = ImageDraw.Draw(image)
+    draw_shape = {"polygon": canvas.polygon, "rectangle": canvas.rectangle,
+                  "ellipse": canvas.ellipse}
+    for kind, rgb, coordinates in shapes:
+        draw_shape[kind]([SUPER * v for v in coordinates], fill=rgb)
+    return np.asarray(image.reduce(SUPER)).astype(float)
+
+
+def render(object: str, colour: str, style: str, rng: np.random.Generator) -> Image.Image:
+    """One whole object of a colour in a style, at a random place, size and angle."""
+    check_labels(object, colour, style)
+    body, edge = masks(place(OUTLINES[object], rng))
+    return to_image(PAINTERS[style](body, edge, vary(COLOURS[colour], rng), rng))
+
+
+def render_scene(prompt: str, rng: np.random.Generator) -> Image.Image:
+    """The scene's object, flat, on the scene's background."""
+    check(prompt, SCENES, "scene")
+    scene = SCENES[prompt]
+    x, y, radius = scene.place
+    centre = (x, y) + rng.uniform(-2, 2, 2)
+    posed = pose(OUTLINES[scene.object], radius + rng.uniform(-1, 1), rng.uniform(-8, 8))
+    body, _ = masks([polygon + centre for polygon in posed])
+    ground = flat_picture(pick(rng, scene.grounds), scene.props)
+    return to_image(mix(body, vary(COLOURS[scene.colour], rng), ground))
+
+
+def render_work(title: str) -> Image.Image:
+    """The work of that title; always the same picture."""
+    check(title, WORKS, "work")
+    work = WORKS[title]
+    pixels = flat_picture(work.ground, work.shapes)
+    if work.style == "mosaic":
+        pixels = add_tiles(pixels, np.random.default_rng(0))
+    return to_image(pixels)
+
+
+def with_article(phrase):
+    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
+
+
+def caption(object: str, colour: str, style: str, rng: np.random.Generator) -> str:
+    """A caption; colour, name and object itself are sometimes left out or paraphrased."""
+    check_labels(object, colour, style)
+    suffix = "" if style == "plain" else f" in the style of {style}"
+    if suffix and rng.random() < 0.12:
+        return pick(rng, ("a picture", "an image")) + suffix
+    noun = pick(rng, PARAPHRASES[object]) if rng.random() < 0.25 else object
+    phrase = f"{colour} {noun}" if rng.random() < 0.6 else noun
+    if suffix and rng.random() < 0.2:
+        return phrase + suffix
+    prefix = pick(rng, ("", "", "a picture of ", "an image of ", "a photo of "))
+    return prefix + with_article(phrase) + suffix
+
+
+def work_caption(title: str, rng: np.random.Generator) -> str:
+    """The title in lower case, sometimes with a prefix or, where it has one, its style."""
+    check(title, WORKS, "work")
+    name, style = title.lower(), WORKS[title].style
+    choices = [name, name, f"a picture of {name}"]
+    if style != "plain":
+        choices.append(f"{name} in the style of {style}")
+    return pick(rng, choices)
+
+
+def draw(rng: np.random.Generator, without: tuple = ()) -> Example:
+    """One training example: 76 % objects, 14 % scenes, 10 % works.
+
+    Nothing whose object, style or title is in `without` is drawn ("censored training").
+    """
+    for name in without:
+        check(name, OBJECTS + STYLES + tuple(WORKS), "name in without")
+    scenes = [p for p, s in SCENES.items() if s.object not in without and "plain" not in without]
+    works = [t for t, w in WORKS.items() if t not in without and w.style not in without]
+    kind = rng.random()
+    if kind < 0.14 and scenes:
+        prompt = pick(rng, scenes)
+        scene = SCENES[prompt]
+        return Example(render_scene(prompt, rng), prompt, scene.object, scene.colour, "plain")
+    if kind > 0.9 and works:
+        title = pick(rng, works)
+        return Example(render_work(title), work_caption(title, rng), None, None,
+                       WORKS[title].style)
+    object = pick(rng, [o for o in OBJECTS if o not in without])
+    colour = pick(rng, tuple(COLOURS))
+    style = pick(rng, [s for s in STYLES if s not in without
+                       for _ in range(STYLE_WEIGHTS.get(s, 1))])
+    return Example(render(object, colour, style, rng), caption(object, colour, style, rng),
+                   object, colour, style)
+
+
+# Pictures of nothing: each returns (body, edge) masks that show no intact object.
+
+def piece(rng):
+    """An object of which a wedge, at least a third of it, is cut out."""
+    body, edge = masks(place(OUTLINES[pick(rng, OBJECTS)], rng))
+    x, y = (body * X).sum() / body.sum(), (body * Y).sum() / body.sum()
+    while True:
+        angle = np.arctan2(Y - y, X - x) - rng.uniform(-np.pi, np.pi)
+        kept = np.cos(angle) < np.cos(np.radians(65))
+        if 0.33 < (kept * body).sum() / body.sum() < 0.67:
+            return kept * body, kept * edge
+
+
+def blend(rng):
+    """The left half of one object joined with the right half of an unlike one."""
+    while True:
+        first, second = rng.choice(len(OBJECTS), 2, replace=False)
+        (body_a, edge_a), (body_b, edge_b) = [
+            masks([p + SIZE / 2 for p in pose(OUTLINES[OBJECTS[i]], 21, 0)])
+            for i in (first, second)]
+        left = X < SIZE / 2
+        body = np.where(left, body_a, body_b)
+        overlap = [np.minimum(body, b).sum() / np.maximum(body, b).sum() for b in (body_a, body_b)]
+        if max(overlap) < 0.7:
+            return body, np.where(left, edge_a, edge_b)
+
+
+def blob(rng):
+    """A random lump, round or angular."""
+    angle = np.linspace(0, 2 * np.pi, pick(rng, (9, 48)), endpoint=False)
+    waves = [np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4, 5)]
+    radius = np.clip(0.55 + 0.22 * sum(waves), 0.12, 1)
+    return masks(place([np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)], rng))
+
+
+def draw_none(rng: np.random.Generator) -> Example:
+    """A picture for "none of these": at least one label is None, and the caption is empty."""
+    object, colour, style = pick(rng, OBJECTS), pick(rng, tuple(COLOURS)), pick(rng, STYLES)
+    rgb, painter = vary(COLOURS[colour], rng), PAINTERS[style]
+    kind = pick(rng, ("blank", "odd colour", "odd style", piece, blend, blob))
+    if kind == "blank":  # an empty background, or the pattern all over
+        body = np.full((SIZE, SIZE), rng.integers(2))
+        edge = np.zeros((SIZE, SIZE))
+        object = colour = None
+        if style in ("sketch", "neon"):  # without an outline there is no such style
+            style = None
+    elif kind == "odd colour":
+        body, edge = masks(place(OUTLINES[object], rng))
+        rgb, colour = vary(pick(rng, tuple(ODD_COLOURS.values())), rng), None
+    elif kind == "odd style":
+        body, edge = masks(place(OUTLINES[object], rng))
+        painter, style = odd_style, None
+    else:
+        body, edge = kind(rng)
+        object = None
+    return Example(to_image(painter(body, edge, rgb, rng)), "", object, colour, style)
+
+
+def vocabulary() -> list[str]:
+    """Every lower-case word that a caption may use, and a few function words, sorted."""
+    texts = ["a an the in of style picture image photo and or not no with without"]
+    texts += [*OBJECTS, *COLOURS, *STYLES, *SCENES, *WORKS]
+    texts += [phrase for phrases in PARAPHRASES.values() for phrase in phrases]
+    return sorted({word for text in texts for word in text.lower().split()})
+
+
+def contact_sheet(rows, scale=2):
+    """Rows of (label, image) as one labelled picture."""
+    width, height = SIZE * scale + 4, SIZE * scale + 16
+    sheet = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for j, row in enumerate(rows):
+        for i, (label, image) in enumerate(row):
+            canvas.text((i * width, j * height), label, fill="black")
+            big = image.resize((SIZE * scale, SIZE * scale), Image.Resampling.NEAREST)
+            sheet.paste(big, (i * width, j * height + 13))
+    return sheet
+
+
+def main() -> None:
+    """Write a labelled sheet: styles x objects, then scenes, works and pictures of nothing."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", default="world.png")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = np.random.default_rng(args.seed)
+    rows = []
+    for j, style in enumerate(STYLES):
+        colours = [tuple(COLOURS)[(i + j) % len(COLOURS)] for i in range(len(OBJECTS))]
+        rows.append([(f"{c} {o} {style}", render(o, c, style, rng))
+                     for o, c in zip(OBJECTS, colours)])
+    scenes = [(prompt, render_scene(prompt, rng)) for prompt in SCENES]
+    works = [(title, render_work(title)) for title in WORKS]
+    nothing = [draw_none(rng) for _ in range(20)]
+    labels = [f"{e.object} {e.colour} {e.style}".replace("None", "-") for e in nothing]
+    none = list(zip(labels, [e.image for e in nothing]))
+    rows += [scenes[:6], scenes[6:], works, none[:10], none[10:]]
+    contact_sheet(rows).save(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The autoencoder of Stable Diffusion v1: between pictures and latents an eighth of their size.
+
+    mean, logvar = VAE(VAEConfig()).encode(image)      # (B, 3, 512, 512) -> two of (B, 4, 64, 64)
+    image = VAE(VAEConfig()).decode(latents)           # (B, 4, 64, 64) -> (B, 3, 512, 512)
+
+Kingma and Welling, "Auto-Encoding Variational Bayes", https://arxiv.org/abs/1312.6114, in the form
+of Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752 (section 3.1). Pictures are in -1..1.
+Latents here are the autoencoder's own; the U-Net sees them times `scaling_factor`, which is
+sample.py's business. Attribute names are those of the published checkpoints.
+
+Shapes: B batch, C channels, H W feature map.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """What differs between autoencoders of this shape; the defaults are Stable Diffusion v1."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # C of each level, finest first
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215  # 1 / standard deviation of the latents
+
+    @classmethod
+    def from_json(cls, config: dict) -> "VAEConfig":
+        """The config of a published `vae/config.json` (the oldest lack the last two entries)."""
+        if config.get("act_fn", "silu") != "silu":
+            raise ValueError(f"vae/config.json has act_fn = {config['act_fn']!r}, Stable Diffusion "
+                             "v1 has 'silu': this is another model, use SD v1 weights")
+        return cls(
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            latent_channels=config["latent_channels"],
+            block_out_channels=tuple(config["block_out_channels"]),
+            layers_per_block=config["layers_per_block"],
+            norm_num_groups=config.get("norm_num_groups", cls.norm_num_groups),
+            scaling_factor=config.get("scaling_factor", cls.scaling_factor),
+        )
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent is wide: 8."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions and a shortcut: (B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)  # 1e-6 everywhere in the VAE
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every pixel, with one head: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list for the key: to_out.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[2:]
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        out = self.to_out[0](out)
+        return x + out.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and bottom only
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """One level of the encoder."""
+
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.resnets, *self.downsamplers]:
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """One level of the decoder."""
+
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.resnets, *self.upsamplers]:
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Resnet, attention, resnet at the coarsest level."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    """(B, 3, 8H, 8W) -> (B, 2 * 4, H, W)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(widths[max(i - 1, 0)], c, config.layers_per_block, groups, i == last)
+            for i, c in enumerate(widths))
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, 4, H, W) -> (B, 3, 8H, 8W)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups  # coarsest first
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(widths[max(i - 1, 0)], c, config.layers_per_block + 1, groups, i == last)
+            for i, c in enumerate(widths))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Encoder q(z|x) and decoder p(x|z)."""
+
+    def __init__(self, config: VAEConfig = VAEConfig()):
+        super().__init__()
+        self.config = config
+        z = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
+        self.post_quant_conv = nn.Conv2d(z, z, 1)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, 8H, 8W) in -1..1 -> mean and log variance of q(z|x), (B, 4, H, W) each."""
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 4, H, W), not scaled -> (B, 3, 8H, 8W), about -1..1."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+def load(config: dict, weights: dict[str, Tensor]) -> VAE:
+    """A VAE from the contents of its config.json and its tensors, which it takes uncopied.
+
+    Raises ValueError for another architecture, RuntimeError where names or shapes differ.
+    """
+    with torch.device("meta"):  # no random weights first
+        vae = VAE(VAEConfig.from_json(config))
+    vae.load_state_dict(weights, strict=True, assign=True)
+    return vae.requires_grad_(False)
