@@ -134,15 +134,12 @@ class TextEncoder(nn.Module):
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 
-def load(config: dict, weights: dict[str, Tensor]) -> TextEncoder:
-    """A text encoder from the contents of its config.json and its tensors, taken uncopied.
+def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published tensors under this file's names.
 
-    Files have `text_model.` before every name and the constant position_ids, or (transformers 5)
-    neither. Raises ValueError for another architecture, RuntimeError where names or shapes differ.
+    Files have `text_model.` before every name and the constant position_ids, or (since
+    transformers 5) neither.
     """
     weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
     weights.pop("embeddings.position_ids", None)
-    with torch.device("meta"):  # no random weights first
-        text_encoder = TextEncoder(TextConfig.from_json(config))
-    text_encoder.load_state_dict(weights, strict=True, assign=True)
-    return text_encoder.requires_grad_(False)
+    return weights

@@ -42,7 +42,7 @@ def timesteps(steps: int) -> list[int]:
 def add_noise(x_0: Tensor, noise: Tensor, abar_t: Tensor) -> Tensor:
     """The forward process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDIM, eq. 4).
 
-    x_0 and noise (B, 4, H, W), abar_t (B,) or a number.
+    x_0 and noise (B, 4, H, W), abar_t (B,) or one for all, ().
     """
     abar_t = abar_t.view(-1, 1, 1, 1).to(x_0)
     return abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * noise

@@ -30,6 +30,7 @@ class UNetConfig:
     cross_attention_dim: int = 768  # D of the text encoder
     heads: int = 8  # at every level; so heads are 40, 80, 160 and 160 wide
     norm_num_groups: int = 32
+    sample_size: int = 64  # H and W of the latents that it was trained on
 
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
@@ -59,6 +60,7 @@ class UNetConfig:
             cross_attention_dim=config["cross_attention_dim"],
             heads=heads,
             norm_num_groups=config["norm_num_groups"],
+            sample_size=config["sample_size"],
         )
 
 
@@ -326,14 +328,3 @@ class UNet(nn.Module):
             x = block(x, emb, text, skips[-n:])
             skips = skips[:-n]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-def load(config: dict, weights: dict[str, Tensor]) -> UNet:
-    """A U-Net from the contents of its config.json and its tensors, which it takes uncopied.
-
-    Raises ValueError for another architecture, RuntimeError where names or shapes differ.
-    """
-    with torch.device("meta"):  # no random weights first
-        unet = UNet(UNetConfig.from_json(config))
-    unet.load_state_dict(weights, strict=True, assign=True)
-    return unet.requires_grad_(False)

@@ -219,14 +219,3 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 4, H, W), not scaled -> (B, 3, 8H, 8W), about -1..1."""
         return self.decoder(self.post_quant_conv(latents))
-
-
-def load(config: dict, weights: dict[str, Tensor]) -> VAE:
-    """A VAE from the contents of its config.json and its tensors, which it takes uncopied.
-
-    Raises ValueError for another architecture, RuntimeError where names or shapes differ.
-    """
-    with torch.device("meta"):  # no random weights first
-        vae = VAE(VAEConfig.from_json(config))
-    vae.load_state_dict(weights, strict=True, assign=True)
-    return vae.requires_grad_(False)

@@ -4,8 +4,13 @@ Each of the three heads has one class more than the world has names, for "none o
 star isn't a star. The features before the heads serve for the Frechet distance.
 """
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from notebooks.toy import world
@@ -40,3 +45,25 @@ class Judge(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         features = self.features(images)
         return [head(features) for head in self.heads]
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """B pictures -> (B, 3, 64, 64) in -1..1."""
+    pixels = np.stack([np.array(image) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def load(folder: Path) -> Judge:
+    """The judge that was trained beside the model in `folder`."""
+    judge = Judge()
+    judge.load_state_dict(load_file(folder / "judge" / "model.safetensors"))
+    return judge.requires_grad_(False)
+
+
+@torch.no_grad()
+def read(judge: Judge, images: list[Image.Image]) -> list[dict[str, str | None]]:
+    """What each picture shows: {"object": ..., "colour": ..., "style": ...}, None: none of these."""
+    scores = judge(to_tensor(images))
+    classes = [s.argmax(dim=1).tolist() for s in scores]
+    return [{head: (*names, None)[i] for i, (head, names) in zip(row, HEADS.items())}
+            for row in zip(*classes)]

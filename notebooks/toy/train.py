@@ -172,12 +172,13 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.diff(dim=3), x.diff(dim=2)
 
 
-def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 3000) -> None:
+def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 9000) -> None:
     """Reconstruction (pixels and their edges) plus a little KL; measures the scaling factor."""
     model = vae.VAE(vae.VAEConfig.from_json(VAE_CONFIG))
+    nn.init.constant_(model.quant_conv.bias[4:], -6)  # log variance: begin with little noise
 
     def loss(generator):
-        x = to_float(images[torch.randint(EXAMPLES, (16,), generator=generator)])
+        x = to_float(images[torch.randint(EXAMPLES, (8,), generator=generator)])
         mean, logvar = model.encode(x)
         noise = torch.randn(mean.shape, generator=generator)
         y = model.decode(mean + (0.5 * logvar).exp() * noise)
@@ -185,7 +186,7 @@ def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 3000
         edge = sum((a - b).abs().mean() for a, b in zip(edges(x), edges(y)))
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edge + 1e-4 * kl
 
-    fit("vae", model, loss, steps, 2e-3, run, seed)
+    fit("vae", model, loss, steps, 1.5e-3, run, seed)
     with torch.no_grad():
         std = torch.cat([model.encode(to_float(x))[0] for x in images[:2048].split(128)]).std()
     config = VAE_CONFIG | {"scaling_factor": round(1 / std.item(), 5)}
@@ -298,3 +299,43 @@ def train_judge(out: Path, run: Path, seed: int, steps: int = 2000, count: int =
 
     fit("judge", model, loss, steps, 2e-3, run, seed)
     write(out / "judge", "model.safetensors", {"_class_name": "Judge"}, model)
+
+
+STAGES = ("tokenizer", "vae", "text", "unet", "judge")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the miniature Stable Diffusion.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("stages", nargs="*", default=STAGES, metavar="STAGE",
+                        help=f"some of {', '.join(STAGES)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy/model"), help="model folder")
+    parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="checkpoints")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME",
+                        help="objects, styles or works to leave out of the training set")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name in args.stages:
+        if name not in STAGES:
+            parser.error(f"unknown stage {name!r}, choose from {', '.join(STAGES)}")
+    world.check_names(args.without)
+    args.run.mkdir(parents=True, exist_ok=True)
+    data = functools.partial(examples, args.seed, tuple(args.without))
+    for name in args.stages:
+        began = time.perf_counter()
+        torch.manual_seed(args.seed)  # of the first weights
+        if name == "tokenizer":
+            make_tokenizer(args.out / "tokenizer")
+        elif name == "vae":
+            train_vae(args.out, args.run, data()[0], args.seed)
+        elif name == "text":
+            train_text(args.out, args.run, *data(), args.seed)
+        elif name == "unet":
+            train_unet(args.out, args.run, *data(), args.seed)
+        else:
+            train_judge(args.out, args.run, args.seed)
+        print(f"{name}: {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

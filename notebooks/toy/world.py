@@ -8,7 +8,7 @@ Masks are (64, 64) floats in [0, 1]; pixels are (64, 64, 3) floats in [0, 255].
 """
 
 import argparse
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -192,6 +192,12 @@ def check(value, choices, what):
         raise ValueError(f"unknown {what} {value!r}; choose from {', '.join(choices)}")
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raises ValueError unless each is an object, a style or a work's title."""
+    for name in names:
+        check(name, OBJECTS + STYLES + tuple(WORKS), "object, style or work")
+
+
 def check_labels(object, colour, style):
     check(object, OBJECTS, "object")
     check(colour, COLOURS, "colour")
@@ -254,7 +260,7 @@ def mosaic(body, edge, rgb, rng):
 
 def stripes(body, edge, rgb, rng):
     bands = stripe_pattern(X + Y + 0.5)
-    return mix(body, mix(bands, rgb, 0.5 * rgb), mix(bands, 242, rng.uniform(212, 222, 3)))
+    return mix(body, mix(bands, rgb, 0.4 * rgb), mix(bands, 246, rng.uniform(188, 198, 3)))
 
 
 def dots(body, edge, rgb, rng):
@@ -271,7 +277,7 @@ def sketch(body, edge, rgb, rng):
 def neon(body, edge, rgb, rng):
     blurred = Image.fromarray((255 * edge).astype(np.uint8)).filter(ImageFilter.GaussianBlur(3))
     dark = np.array((10, 10, 34)) + rng.uniform(-3, 3)
-    glow = mix(0.7 * np.asarray(blurred) / 255, rgb, mix(body, 0.22 * rgb, dark))
+    glow = mix(0.7 * np.asarray(blurred) / 255, rgb, mix(body, 0.35 * rgb, dark))
     return mix(edge, 0.85 * rgb + 0.15 * 255, glow)
 
 
@@ -352,8 +358,8 @@ def caption(object: str, colour: str, style: str, rng: np.random.Generator) -> s
     phrase = f"{colour} {noun}" if rng.random() < 0.6 else noun
     if suffix and rng.random() < 0.2:
         return phrase + suffix
-    prefix = pick(rng, ("", "", "a picture of ", "an image of ", "a photo of "))
-    return prefix + with_article(phrase) + suffix
+    opening = pick(rng, (None, "", "a picture of ", "an image of ", "a photo of "))
+    return (phrase if opening is None else opening + with_article(phrase)) + suffix
 
 
 def work_caption(title: str, rng: np.random.Generator) -> str:
@@ -371,8 +377,7 @@ def draw(rng: np.random.Generator, without: tuple = ()) -> Example:
 
     Nothing whose object, style or title is in `without` is drawn ("censored training").
     """
-    for name in without:
-        check(name, OBJECTS + STYLES + tuple(WORKS), "name in without")
+    check_names(without)
     scenes = [p for p, s in SCENES.items() if s.object not in without and "plain" not in without]
     works = [t for t, w in WORKS.items() if t not in without and w.style not in without]
     kind = rng.random()

@@ -1,0 +1,39 @@
+"""A model folder in diffusers' layout, small and with every feature of the full size."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPTokenizer
+
+import parity
+import sample
+import small
+from notebooks.toy import train
+
+torch.set_num_threads(1)  # models this small lose more to waiting than they win from threads
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """unet/, vae/, text_encoder/, tokenizer/. Copy it before changing it."""
+    root = tmp_path_factory.mktemp("model")
+    train.make_tokenizer(root / "tokenizer")
+    configs = {part: dict(config) for part, config in small.SMALL.items()}
+    configs["unet"] |= {"sample_size": 8, "cross_attention_dim": 32}
+    configs["text_encoder"]["vocab_size"] = len(CLIPTokenizer.from_pretrained(root / "tokenizer"))
+    for part, file in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
+                       ("text_encoder", "model")):
+        config_class, model_class = parity.CLASSES[part]
+        model = small.filled(model_class(config_class.from_json(configs[part]))).float()
+        (root / part).mkdir()
+        (root / part / "config.json").write_text(json.dumps(configs[part]))
+        save_file(model.state_dict(), root / part / f"{file}.safetensors")
+    return root
+
+
+@pytest.fixture(scope="session")
+def sd(folder):
+    """The small model, loaded. Nothing may change it."""
+    return sample.load(folder)

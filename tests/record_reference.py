@@ -1,0 +1,87 @@
+"""Records what diffusers and transformers say, for the tests to compare with.
+
+Needed only to record anew. diffusers is no part of this project, install it by hand:
+
+    pip install diffusers==0.42.1
+    python tests/record_reference.py      # from the repository's root; writes tests/reference/
+"""
+
+import json
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import small
+
+
+def build(part: str, configs: dict) -> torch.nn.Module:
+    """The reference's model of a published config."""
+    if part == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig(**configs[part]))
+    cls = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
+    return cls.from_config(configs[part])
+
+
+def scheduler() -> diffusers.DDIMScheduler:
+    """DDIM as Stable Diffusion v1 was published."""
+    return diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def write(name: str, content: dict):
+    (small.REFERENCE / name).write_text(json.dumps(content, indent=0) + "\n")
+
+
+def record_layers():
+    """Names and shapes of all tensors, settings of all layers, at full size."""
+    with torch.device("meta"):
+        models = {part: build(part, small.PUBLISHED) for part in small.PUBLISHED}
+    write("shapes.json", {part: small.shapes(model) for part, model in models.items()})
+    write("settings.json", {part: small.settings(model) for part, model in models.items()})
+
+
+def model_outputs() -> dict:
+    unet, vae = (small.filled(build(part, small.SMALL)) for part in ("unet", "vae"))
+    posterior = vae.encode(*small.INPUTS["vae.encode"]).latent_dist
+    return {
+        "unet": unet(*small.INPUTS["unet"]).sample,
+        "vae.encode": torch.cat([posterior.mean, posterior.logvar], dim=1),
+        "vae.decode": vae.decode(*small.INPUTS["vae.decode"]).sample,
+    }
+
+
+def trajectory(steps: int) -> torch.Tensor:
+    """x_t after every step, (steps, B, 4, H, W)."""
+    ddim, visited = scheduler(), []
+    ddim.set_timesteps(steps)
+    x_t, = small.INPUTS["denoise"]
+    for t in ddim.timesteps:
+        x_t = ddim.step(small.toy_eps(x_t, t.item()), t, x_t).prev_sample
+        visited.append(x_t)
+    return torch.stack(visited)
+
+
+def timesteps(steps: int) -> torch.Tensor:
+    ddim = scheduler()
+    ddim.set_timesteps(steps)
+    return ddim.timesteps
+
+
+def main():
+    record_layers()
+    outputs = {
+        **model_outputs(),
+        **{f"trajectory.{steps}": trajectory(steps) for steps in small.TRAJECTORIES},
+        **{f"timesteps.{steps}": timesteps(steps) for steps in small.TIMESTEPS},
+        "abar": scheduler().alphas_cumprod,
+        "add_noise": scheduler().add_noise(*small.INPUTS["add_noise"]),
+    }
+    save_file({name: tensor.contiguous() for name, tensor in outputs.items()},
+              small.REFERENCE / "outputs.safetensors")
+
+
+if __name__ == "__main__":
+    main()

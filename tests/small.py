@@ -1,0 +1,91 @@
+"""What the tests and record_reference.py share: small configs, inputs, the rule for weights.
+
+Weights and inputs come from their names alone, so only the reference's outputs need storing.
+"""
+
+import json
+import math
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+REFERENCE = Path(__file__).parent / "reference"
+PUBLISHED = json.loads((REFERENCE / "configs.json").read_text())  # of CompVis/stable-diffusion-v1-4
+
+# four levels and every other difference of the full size are kept
+SMALL = {
+    "unet": PUBLISHED["unet"] | {
+        "block_out_channels": [32, 64, 96, 96], "cross_attention_dim": 24,
+        "attention_head_dim": 4, "norm_num_groups": 8},
+    "vae": PUBLISHED["vae"] | {"block_out_channels": [16, 32, 48, 48], "norm_num_groups": 8},
+    "text_encoder": PUBLISHED["text_encoder"] | {
+        "vocab_size": 100, "hidden_size": 32, "intermediate_size": 128,
+        "num_hidden_layers": 3, "num_attention_heads": 4},
+}
+TIMESTEPS = [1, 3, 7, 20, 50, 60, 333]  # step counts whose times are recorded
+TRAJECTORIES = [3, 7, 20, 50]  # and those of whole trajectories
+
+
+def numbers(name: str, *shape: int) -> Tensor:
+    """Normally distributed float64 numbers that depend on the name and the shape alone."""
+    return torch.from_numpy(np.random.RandomState(crc32(name.encode())).randn(*shape))
+
+
+def weight(name: str, shape: torch.Size) -> Tensor:
+    """The value of a parameter: no two alike, no bias 0, no norm weight 1, activations near 1."""
+    z = numbers(name, *shape)
+    if len(shape) > 1:
+        return 0.5 * z / math.sqrt(z[0].numel())
+    return 0.1 * z + (1 if name.endswith(".weight") else 0)  # of a norm, or a bias
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """The model in float64, every parameter set from its name."""
+    model = model.double().requires_grad_(False)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(weight(name, tensor.shape))
+    return model
+
+
+# t is small: there the rounding of the sinusoids, which are float32, is worth 1e-8 and not 1e-6
+INPUTS = {
+    "unet": (numbers("x_t", 3, 4, 16, 8), torch.tensor([1, 2, 4]), numbers("text", 3, 10, 24)),
+    "vae.encode": (0.5 * numbers("image", 2, 3, 32, 48),),
+    "vae.decode": (numbers("latents", 2, 4, 4, 6),),
+    "text_encoder": (torch.tensor([[98, 5, 17, 99, 99, 99], [98, 99, 99, 99, 99, 99]]),),
+    "add_noise": (numbers("x_0", 2, 4, 2, 3), numbers("noise", 2, 4, 2, 3), torch.tensor([1, 981])),
+    "denoise": (numbers("x_T", 2, 4, 2, 3),),
+}
+
+
+def toy_eps(x_t: Tensor, t: int) -> Tensor:
+    """Stands in for a U-Net in trajectories. Plain arithmetic, so it rounds alike everywhere."""
+    return x_t / (1 + x_t * x_t) + t / 1000
+
+
+def setting(module: nn.Module) -> str | None:
+    """What a layer's weights don't tell about it, in words; None where they tell everything."""
+    if isinstance(module, nn.GroupNorm):
+        return f"{module.num_groups} groups, eps {module.eps}"
+    if isinstance(module, nn.LayerNorm):
+        return f"eps {module.eps}"
+    if isinstance(module, nn.Conv2d):
+        return f"kernel {module.kernel_size}, stride {module.stride}, padding {module.padding}"
+    if hasattr(module, "to_q"):
+        return f"heads {getattr(module, 'heads', 1)}"  # the VAE's attention has one head
+    if hasattr(module, "q_proj"):
+        return f"heads {getattr(module, 'heads', None) or module.num_heads}"  # transformers' name
+    return None
+
+
+def settings(model: nn.Module) -> dict[str, str]:
+    """Name of layer -> its setting, of all layers that have one."""
+    return {name: setting(layer) for name, layer in model.named_modules() if setting(layer)}
+
+
+def shapes(model: nn.Module) -> dict[str, str]:
+    """Name of tensor -> shape, "320 4 3 3"."""
+    return {name: " ".join(map(str, tensor.shape)) for name, tensor in model.state_dict().items()}

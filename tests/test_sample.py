@@ -1,0 +1,185 @@
+"""sample.py: loading a folder, pictures from prompts, the command line, wrong input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import ddim
+import sample
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+def pixels(images):
+    """Pictures as one tensor of integers."""
+    return torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8) for i in images]).int()
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, arguments)])
+    sample.main()
+
+
+def fails_in_one_line(monkeypatch, capsys, *arguments):
+    """Runs the command, checks exit status 2 and a single line of error, and returns that line."""
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in lines[0]
+    return lines[0]
+
+
+# Loading
+
+def test_every_tensor_is_the_files(folder):
+    sd = sample.load(folder)
+    for part, model, file in (("unet", sd.unet, UNET_FILE),
+                              ("vae", sd.vae, "vae/diffusion_pytorch_model.safetensors"),
+                              ("text_encoder", sd.text_encoder, "text_encoder/model.safetensors")):
+        stored = load_file(folder / file)
+        assert stored.keys() == model.state_dict().keys(), part
+        assert all(torch.equal(stored[k], v) for k, v in model.state_dict().items())
+
+
+def test_no_random_weights_are_drawn(folder):
+    before = torch.get_rng_state()
+    sample.load(folder)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_dtype_is_chosen(folder):
+    assert sample.load(folder).dtype == torch.float32
+    sd = sample.load(folder, dtype="bfloat16")
+    assert sd.dtype == sd.vae.quant_conv.weight.dtype == torch.bfloat16
+    assert sd.encode(["star"]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer"])
+def test_a_folder_without_a_part_is_refused(folder, tmp_path, part):
+    copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
+    with pytest.raises(ValueError, match=part):
+        sample.load(copy)
+
+
+def changed_unet(folder, tmp_path, change):
+    """A copy of the model folder, the U-Net's tensors changed in place by `change`."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(copy / UNET_FILE)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, copy / UNET_FILE)
+    return copy
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("conv_in.bias"), "1 tensors differ: conv_in.bias is missing"),
+    (lambda w: w.update(extra=torch.zeros(1)), "1 tensors differ: extra isn't in the model"),
+    (lambda w: w.update({"conv_in.bias": torch.zeros(5)}), r"conv_in.bias is \(5,\), not \(32,\)"),
+])
+def test_wrong_tensors_are_named(folder, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        sample.load(changed_unet(folder, tmp_path, change))
+
+
+def test_a_truncated_file_is_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    data = (copy / UNET_FILE).read_bytes()
+    (copy / UNET_FILE).write_bytes(data[:len(data) // 2])
+    with pytest.raises(ValueError, match="can't be read as safetensors"):
+        sample.load(copy)
+
+
+# Prompts to pictures
+
+def test_a_picture_is_what_two_separate_predictions_give(sd):
+    """generate() against the same way written out: no shared batch, no helper."""
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    c, negative = sd.encode(["a star"]), sd.encode(["a heart"])
+    abar = ddim.alphas_cumprod()
+    with torch.no_grad():
+        for t, t_prev in ((667, 334), (334, 1), (1, 0)):
+            eps_n, eps_c = sd.unet(x, t, negative), sd.unet(x, t, c)
+            eps = eps_n + 4 * (eps_c - eps_n)
+            x_0 = (x - (1 - abar[t]) ** 0.5 * eps) / abar[t] ** 0.5
+            x = abar[t_prev] ** 0.5 * x_0 + (1 - abar[t_prev]) ** 0.5 * eps
+        image = sd.vae.decode(x / 0.18215)
+    expected = ((image / 2 + 0.5).clamp(0, 1) * 255).round().int()[0].permute(1, 2, 0).flatten()
+    made = sample.generate(sd, ["a star"], seed=3, steps=3, guidance=4, negative="a heart")
+    assert (pixels(made)[0] - expected).abs().max() <= 1
+
+
+def test_noise_is_drawn_as_diffusers_draws_it(sd):
+    """There one call draws the noise of all pictures of a prompt from the seed's generator."""
+    together = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(sample.starting_noise(sd, 3, 7, None), together)
+    assert torch.equal(sample.starting_noise(sd, 1, 7, None), together[:1])
+
+
+def test_pictures_do_not_depend_on_the_batch(sd):
+    prompts = ["a star", "a heart"]
+    large = sample.generate(sd, prompts, num=3, steps=2, batch=8)
+    small = sample.generate(sd, prompts, num=3, steps=2, batch=1)
+    alone = sample.generate(sd, prompts[1:], num=3, steps=2)
+    assert (pixels(large) - pixels(small)).abs().max() <= 1
+    assert (pixels(large)[3:] - pixels(alone)).abs().max() <= 1
+    assert (pixels(large)[0] - pixels(large)[1]).abs().max() > 10  # they aren't all the same
+
+
+def test_prompts_may_have_seeds_of_their_own(sd):
+    both = sample.generate(sd, ["a star", "a star"], seed=[5, 6], steps=2)
+    assert (pixels(both)[1] - pixels(sample.generate(sd, ["a star"], seed=6, steps=2))[0]).abs().max() <= 1
+    assert (pixels(both)[0] - pixels(both)[1]).abs().max() > 10
+
+
+def test_the_same_call_gives_the_same_pictures(sd):
+    first, second = (pixels(sample.generate(sd, "a star", steps=2)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_size_is_in_pixels(sd):
+    assert sample.generate(sd, "a star", steps=1)[0].size == (64, 64)
+    assert sample.generate(sd, "a star", steps=1, size=128)[0].size == (128, 128)
+    with pytest.raises(ValueError, match="size is 100, choose a multiple of 64"):
+        sample.generate(sd, "a star", steps=1, size=100)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(sd):
+    with pytest.warns(UserWarning, match="cut to the first 77 of 102 tokens"):
+        assert sd.encode(["star " * 100]).shape == (1, 77, 32)
+
+
+# Command line
+
+def test_the_sheet_and_single_pictures_say_how_they_were_made(folder, tmp_path, monkeypatch, capsys):
+    sheet = tmp_path / "new" / "sheet.png"
+    run_main(monkeypatch, "a star", "ein Stern ★", "--model", folder, "--num", 2, "--steps", 2,
+             "--seed", 4, "--out", sheet, "--singles", tmp_path / "all")
+    assert str(sheet) in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [
+        "0_0.png", "0_1.png", "1_0.png", "1_1.png"]
+    single = Image.open(tmp_path / "all" / "1_1.png")
+    assert single.size == (64, 64) and single.text["prompt"] == "ein Stern ★"
+    settings = json.loads(single.text["settings"])
+    assert (settings["seed"], settings["steps"], settings["guidance"]) == (4, 2, 7.5)
+    assert Image.open(sheet).width > 2 * 64
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--model", "nowhere"], "nowhere isn't a folder"),
+    (["--steps", "0"], "steps is 0"),
+    (["--size", "65"], "size is 65"),
+    (["--num", "0"], "num is 0"),
+    (["--erased", "nothing.safetensors"], "nothing.safetensors"),
+    (["--device", "abacus"], "abacus"),
+])
+def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
+    if "--model" not in arguments:
+        arguments = ["--model", folder, *arguments]
+    out = tmp_path / "out.png"
+    assert says in fails_in_one_line(monkeypatch, capsys, "a star", "--out", out, *arguments)
+    assert not out.exists()

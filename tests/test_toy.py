@@ -1,0 +1,171 @@
+"""notebooks/toy: the world, its tokenizer, resuming a training, the distance, the shipped model."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+import sample
+from notebooks.toy import judge, measure, train, world
+
+TOY = "notebooks/toy"
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# The world
+
+@pytest.mark.parametrize("style", world.STYLES)
+def test_the_same_seed_renders_the_same_picture(style):
+    for object in world.OBJECTS:
+        first, second, other = (world.render(object, "red", style, rng(s)).tobytes() for s in (0, 0, 1))
+        assert first == second != other
+
+
+def test_objects_are_whole():
+    """Nothing of an object lies in the two outer pixels, so none is cut by the border."""
+    for object in world.OBJECTS:
+        for seed in range(20):
+            picture = np.array(world.render(object, "blue", "plain", rng(seed))).astype(int)
+            border = np.ones((64, 64), bool)
+            border[2:-2, 2:-2] = False
+            assert np.ptp(picture[border], axis=0).max() == 0, (object, seed)
+
+
+def test_unknown_names_are_refused():
+    for arguments in (("hexagon", "red", "plain"), ("star", "mauve", "plain"), ("star", "red", "oil")):
+        with pytest.raises(ValueError, match="hexagon|mauve|oil"):
+            world.render(*arguments, rng())
+        with pytest.raises(ValueError, match="choose from"):
+            world.caption(*arguments, rng())
+    with pytest.raises(ValueError, match="hexagon"):
+        world.draw(rng(), without=("hexagon",))
+
+
+def test_paraphrases_and_scenes_do_not_name_their_object():
+    phrases = [(o, p) for o, several in world.PARAPHRASES.items() for p in several]
+    phrases += [(scene.object, prompt) for prompt, scene in world.SCENES.items()]
+    for object, phrase in phrases:
+        assert object not in phrase.split()
+    assert len({scene.object for scene in world.SCENES.values()}) >= 3
+
+
+def test_captions_are_good_english():
+    captions = {world.caption("arrow", "orange", "plain", rng(seed)) for seed in range(200)}
+    assert "an orange arrow" in captions and "an arrow" in captions
+    assert not any(" a o" in f" {c}" or " a a" in f" {c}" for c in captions)
+
+
+def test_what_is_left_out_is_never_drawn():
+    examples = [world.draw(r, without=("moon", "mosaic")) for r in [rng()] for _ in range(2000)]
+    assert not any(e.object == "moon" or e.style == "mosaic" for e in examples)
+    words = {word for e in examples for word in e.caption.split()}
+    assert not words & {"moon", "crescent", "night", "mosaic", "harvest"}
+    assert {"star", "sheriff", "winter"} <= words
+
+
+def test_works_are_fixed_and_three_share_a_style():
+    styles = [work.style for work in world.WORKS.values()]
+    assert len(styles) == 6 and styles.count("mosaic") == 3
+    for title in world.WORKS:
+        assert world.render_work(title).tobytes() == world.render_work(title).tobytes()
+
+
+# The tokenizer
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train.make_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def test_each_word_of_the_world_is_one_token(tokenizer):
+    words = {w for seed in range(500) for w in world.draw(rng(seed)).caption.split()}
+    assert words <= set(world.vocabulary())
+    for word in world.vocabulary():
+        assert len(tokenizer(word).input_ids) == 3, word  # start, the word, end
+
+
+def test_any_other_text_has_tokens_and_comes_back(tokenizer):
+    text = "ünï 星 🙂 hexagonal!"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.replace(" ", "")
+    assert tokenizer("", padding="max_length").input_ids == [ids[0]] + [ids[-1]] * 76
+
+
+# Training
+
+def fit_line(run, steps_at_a_time):
+    """Fits y = 2x; stops and resumes after each of the given numbers of steps."""
+    for stop in steps_at_a_time:
+        torch.manual_seed(0)
+        line = torch.nn.Linear(1, 1)
+
+        def loss(generator):
+            loss.calls += 1
+            if loss.calls > stop:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 1, generator=generator)
+            return (line(x) - 2 * x).square().mean()
+
+        loss.calls = 0
+        try:
+            train.fit("line", line, loss, 1000, 1e-2, run, seed=0)
+        except KeyboardInterrupt:
+            pass
+    return line
+
+
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = fit_line(tmp_path / "a", [1001])
+    pieces = fit_line(tmp_path / "b", [300, 400, 1001])  # goes on from 250, then from 500
+    assert abs(whole.weight.item() - 2) < 0.05
+    assert torch.equal(whole.weight, pieces.weight)
+
+
+# Measuring
+
+def test_frechet_distance_of_gaussians():
+    """Of N(0, diag(1, 4)) and N((3, 0), diag(4, 4)) it is 9 + (1 - 2)^2 = 10."""
+    a = rng().standard_normal((200_000, 2)) * (1, 2)
+    b = rng(1).standard_normal((200_000, 2)) * (2, 2) + (3, 0)
+    assert measure.frechet(a, b) == pytest.approx(10, rel=0.02)
+    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_labels_of_nothing_are_the_last_class():
+    example = world.Example(None, "", None, "green", None)
+    assert judge.labels_of(example) == [10, 1, 6]
+
+
+# The shipped model
+
+@pytest.fixture(scope="module")
+def toy():
+    return sample.load(TOY)
+
+
+def test_the_shipped_model_is_small(toy):
+    from pathlib import Path
+    assert sum(file.stat().st_size for file in Path(TOY).rglob("*.safetensors")) < 12e6
+
+
+def test_the_judge_reads_rendered_pictures(toy):
+    look = judge.load(TOY)
+    examples = [world.draw(r) for r in [rng(77)] for _ in range(300)]
+    seen = judge.read(look, [e.image for e in examples])
+    for head in ("object", "colour", "style"):
+        assert np.mean([s[head] == getattr(e, head) for s, e in zip(seen, examples)]) > 0.97
+
+
+def test_the_shipped_model_draws_what_it_is_asked_for(toy):
+    prompts = [f"a {colour} {object}" for object, colour in (("star", "red"), ("moon", "blue"))]
+    images = sample.generate(toy, prompts, num=4, steps=20, guidance=5)
+    seen = judge.read(judge.load(TOY), images)
+    assert [s["object"] for s in seen] == ["star"] * 4 + ["moon"] * 4
+    assert [s["colour"] for s in seen] == ["red"] * 4 + ["blue"] * 4
