@@ -2,8 +2,8 @@
 
     for t, x_t in ddim.denoise(ddim.guided(unet, text, null, 7.5), noise, steps=50): ...
 
-Song, Meng, Ermon: "Denoising Diffusion Implicit Models", ICLR 2021, https://arxiv.org/abs/2010.02502
-Ho, Salimans: "Classifier-Free Diffusion Guidance", 2022, https://arxiv.org/abs/2207.12598
+Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, https://arxiv.org/abs/2010.02502
+Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, https://arxiv.org/abs/2207.12598
 
 Symbols: t time, 0 (a picture) to 999 (noise); x_t latent at time t; eps noise in it; abar
 alpha-bar of DDPM, which the DDIM paper writes alpha; c, null the prompt and the empty prompt.

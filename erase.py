@@ -54,7 +54,7 @@ class Text(NamedTuple):
 
 
 def esd_target(eps_null: Tensor, eps_c: Tensor, eta: float) -> Tensor:
-    """Eq. 6, right side: eps_theta*(x_t, t) - eta * [eps_theta*(x_t, c, t) - eps_theta*(x_t, t)]."""
+    """Eq. 6: eps_theta*(x_t, t) - eta * [eps_theta*(x_t, c, t) - eps_theta*(x_t, t)]."""
     return eps_null - eta * (eps_c - eps_null)
 
 

@@ -54,7 +54,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """B prompts -> text features (B, 77, 768). Words beyond 77 tokens are cut, with a warning."""
+        """B prompts -> text features (B, 77, 768). What is longer is cut, with a warning."""
         length = self.text_encoder.config.max_position_embeddings
         for prompt, ids in zip(prompts, self.tokenizer(prompts).input_ids):
             if len(ids) > length:
@@ -100,7 +100,10 @@ def load_part(folder: Path, file: str, config_class: type, model_class: type,
         if not path.is_file():
             raise ValueError(f"{path} is missing: --model takes a folder in diffusers' layout "
                              "with unet/, vae/, text_encoder/ and tokenizer/")
-    config = config_class.from_json(json.loads((folder / "config.json").read_text()))
+    try:
+        config = config_class.from_json(json.loads((folder / "config.json").read_text()))
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json has no {error}: use SD v1 weights") from error
     weights = rename(read_tensors(folder / file))
     with torch.device("meta"):  # no memory, no random weights
         model = model_class(config)
@@ -126,12 +129,13 @@ def choose_device(device: str) -> torch.device:
 def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> StableDiffusion:
     """Stable Diffusion v1 from a folder in diffusers' layout.
 
-    dtype is float32, float16 or bfloat16; auto is float32 on the CPU, float16 elsewhere.
+    dtype is float32, float16 or bfloat16; auto is float32 on the CPU, bfloat16 elsewhere, whose
+    range lets erase.py do without loss scaling.
     Raises ValueError for a folder that holds something else.
     """
     folder, device = Path(model), choose_device(device)
     if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "float16"
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
     if not folder.is_dir():
         raise ValueError(f"{model} isn't a folder: --model takes a folder in diffusers' layout")
     if not (folder / "tokenizer" / "vocab.json").is_file():
@@ -200,8 +204,9 @@ def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | 
     x_T = torch.cat([starting_noise(sd, num, s, size) for s in seeds])  # (P*num, 4, H, W)
     text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P*num, 77, 768)
     null = sd.encode([negative])
+    total = len(x_T) * len(ddim.timesteps(steps))
     images = []
-    with tqdm(total=len(x_T) * len(ddim.timesteps(steps)), unit="step", disable=not progress) as bar:
+    with tqdm(total=total, unit="step", disable=not progress) as bar:
         for x, c in zip(x_T.to(sd.device, sd.dtype).split(batch), text.split(batch), strict=True):
             predict = ddim.guided(sd.unet, c, null.expand_as(c), guidance)
             for t, x in ddim.denoise(predict, x, steps):
@@ -268,13 +273,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ...")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"],
-                        help="of the frozen weights; auto: float32 on the CPU, else half")
+    parser.add_argument("--dtype", default="auto",
+                        choices=["auto", "float32", "float16", "bfloat16"],
+                        help="of the model; auto: float32 on the CPU, else bfloat16")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Pictures from prompts.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Pictures from prompts.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one row of pictures for each")
     add_model_arguments(parser)
     parser.add_argument("--erased", type=Path, help="weights that erase.py wrote")

@@ -1,6 +1,6 @@
 """The U-Net of Stable Diffusion v1: predicts the noise in a latent, given the time and a text.
 
-    eps = UNet(UNetConfig())(x_t, t, text)      # (B, 4, 64, 64), (B,), (B, 77, 768) -> (B, 4, 64, 64)
+    eps = UNet(UNetConfig())(x_t, t, text)    # (B, 4, 64, 64), (B,), (B, 77, 768) -> (B, 4, 64, 64)
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022,
 https://arxiv.org/abs/2112.10752 (section 3.3 and figure 3). Attribute names are those of the
@@ -246,15 +246,15 @@ class DownBlock(Level):
 
 
 class UpBlock(Level):
-    """One level on the way up: each resnet sees x beside the latest skip that is still unused."""
+    """One level on the way up: each resnet sees x beside a skip, the latest first."""
 
     def __init__(self, inputs, c_out, attention, config, last: bool):
         super().__init__(inputs, c_out, attention, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
-        for i in range(len(self.resnets)):
-            x = torch.cat([x, skips[-1 - i]], dim=1)  # (B, C_x + C_skip, H, W)
+        for i, skip in enumerate(reversed(skips)):
+            x = torch.cat([x, skip], dim=1)  # (B, C_x + C_skip, H, W)
             x = self.layer(i, x, emb, text)
         for up in self.upsamplers:
             x = up(x)

@@ -1,5 +1,7 @@
 """notebooks/toy: the world, its tokenizer, resuming a training, the distance, the shipped model."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,8 @@ def rng(seed=0):
 @pytest.mark.parametrize("style", world.STYLES)
 def test_the_same_seed_renders_the_same_picture(style):
     for object in world.OBJECTS:
-        first, second, other = (world.render(object, "red", style, rng(s)).tobytes() for s in (0, 0, 1))
-        assert first == second != other
+        first, second, other = (world.render(object, "red", style, rng(s)) for s in (0, 0, 1))
+        assert first.tobytes() == second.tobytes() != other.tobytes()
 
 
 def test_objects_are_whole():
@@ -35,7 +37,8 @@ def test_objects_are_whole():
 
 
 def test_unknown_names_are_refused():
-    for arguments in (("hexagon", "red", "plain"), ("star", "mauve", "plain"), ("star", "red", "oil")):
+    for arguments in (("hexagon", "red", "plain"), ("star", "mauve", "plain"),
+                      ("star", "red", "oil")):
         with pytest.raises(ValueError, match="hexagon|mauve|oil"):
             world.render(*arguments, rng())
         with pytest.raises(ValueError, match="choose from"):
@@ -151,7 +154,6 @@ def toy():
 
 
 def test_the_shipped_model_is_small(toy):
-    from pathlib import Path
     assert sum(file.stat().st_size for file in Path(TOY).rglob("*.safetensors")) < 12e6
 
 

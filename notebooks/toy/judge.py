@@ -62,7 +62,7 @@ def load(folder: Path) -> Judge:
 
 @torch.no_grad()
 def read(judge: Judge, images: list[Image.Image]) -> list[dict[str, str | None]]:
-    """What each picture shows: {"object": ..., "colour": ..., "style": ...}, None: none of these."""
+    """What each picture shows, {"object": "star", ...}; None stands for none of these."""
     scores = judge(to_tensor(images))
     classes = [s.argmax(dim=1).tolist() for s in scores]
     return [{head: (*names, None)[i] for i, (head, names) in zip(row, HEADS.items())}

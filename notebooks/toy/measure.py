@@ -90,7 +90,7 @@ def judge_table(judge: Judge, seed: int, count: int = 2000) -> None:
     rng = np.random.default_rng(seed)
     known = [world.draw(rng) for _ in range(count)]
     unknown = [world.draw_none(rng) for _ in range(count)]
-    print("| judge | whole pictures read right, % | \"none of these\" where it is, % |\n|---|---|---|")
+    print("| judge | pictures read right, % | \"none of these\" where it is, % |\n|---|---|---|")
     for i, (head, names) in enumerate(HEADS.items()):
         shares = []
         for examples, none in ((known, False), (unknown, True)):
@@ -151,7 +151,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def frechet_line(painter: Painter, judge: Judge, count: int = 1000) -> None:
-    """Generated against rendered pictures of the same captions, beside rendered against rendered."""
+    """Generated against rendered pictures, beside rendered against rendered."""
     rng = np.random.default_rng(painter.seed)
     sets = [[world.draw(rng) for _ in range(count)] for _ in range(2)]
     rendered = [judge.features(judging.to_tensor([e.image for e in examples])).double().numpy()

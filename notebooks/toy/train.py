@@ -1,7 +1,7 @@
-"""Trains the miniature Stable Diffusion from nothing, with the modules of this project and no other.
+"""Trains the miniature Stable Diffusion from nothing, with the modules of this project only.
 
-    python -m notebooks.toy.train                           # every stage, about 80 minutes on two cores
-    python -m notebooks.toy.train unet --without star --out runs/censored    # one stage, censored data
+    python -m notebooks.toy.train                 # every stage, about 80 minutes on two cores
+    python -m notebooks.toy.train unet --without star --out runs/censored    # one stage
 
 Stages, in order: tokenizer, vae, text (by contrast, then frozen), unet, judge. What a stage has
 reached is kept in `--run` every few hundred steps; the same command again goes on from there.
