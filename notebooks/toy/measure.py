@@ -1,18 +1,20 @@
 """How good the miniature is, and what an erasure did to it, in tables.
 
-    python -m notebooks.toy.measure model                            # every kind of prompt
-    python -m notebooks.toy.measure erased star.safetensors star     # before and after
+    python -m notebooks.toy.measure model                       # every kind of prompt
+    python -m notebooks.toy.measure erased star.safetensors     # a row for each file of erase.py
 
 A share counts the pictures in which the judge sees what the prompt asks for.
 """
 
 import argparse
+import json
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from safetensors import safe_open
 
 import sample
 from notebooks.toy import judge as judging
@@ -164,53 +166,87 @@ def frechet_line(painter: Painter, judge: Judge, count: int = 1000) -> None:
           f"{frechet(made, rendered[1]):.2f}, rendered to rendered {frechet(*rendered):.2f}")
 
 
-def erased_table(before: Painter, after: Painter, judge: Judge, concept: str) -> None:
-    """Share of each object, style and colour before and after; the concept's own row stands first.
+def mixed() -> list[Question]:
+    """a red star in the style of mosaic: each colour and each style in 60 pictures"""
+    suffix = {s: "" if s == "plain" else f" in the style of {s}" for s in world.STYLES}
+    return [Question(with_article(f"{c} {o}") + suffix[s], 1,
+                     {"object": o, "colour": c, "style": s})
+            for o in world.OBJECTS for c in world.COLOURS for s in world.STYLES]
 
-    Prompts for another style or colour leave the erased object out, those for another object or
-    colour the erased style.
-    """
+
+class Answers(NamedTuple):
+    """What the judge saw in a model's pictures: (wanted, seen) for each picture."""
+
+    objects: list[tuple[dict, dict]]  # 50 of each object: "a star"
+    mixed: list[tuple[dict, dict]]  # one of each object, colour and style
+
+    def share(self, head: str, name: str, concept: str) -> float:
+        """How often `name` is seen where it is asked for, and the erased concept isn't."""
+        answers = self.objects if head == "object" else self.mixed
+        return np.mean([seen[head] == name for wanted, seen in answers if wanted[head] == name
+                        and (name == concept or concept not in wanted.values())])
+
+
+def all_answers(painter: Painter, judge: Judge) -> Answers:
+    """Draws 860 pictures, each from a seed of its own, and has them judged."""
+    both = []
+    for questions in (objects(50), mixed()):
+        prompts = [q.prompt for q in questions for _ in range(q.num)]
+        wanted = [q.wanted for q in questions for _ in range(q.num)]
+        seeds = [painter.seed + i for i in range(len(prompts))]
+        images = sample.generate(painter.sd, prompts, seed=seeds, steps=painter.steps,
+                                 guidance=painter.guidance, batch=50, progress=True)
+        both.append(list(zip(wanted, judging.read(judge, images))))
+    return Answers(*both)
+
+
+def erased_row(before: Answers, after: Answers, settings: dict) -> str:
+    """What is left of the concept, what was kept of the rest, and what stands in its place."""
+    words = " ".join(settings["concepts"]).split()
+    concept, = [name for name in world.OBJECTS + world.STYLES[1:] if name in words]
     head = "object" if concept in world.OBJECTS else "style"
-    asked = {"object": objects(50), "style": styled(5), "colour": coloured(5)}
-    rows = []
-    for kind, questions in asked.items():
-        questions = [q for q in questions if kind == head or concept not in q.wanted.values()]
-        shares = [[s[kind] for s in ask(p, judge, questions)] for p in (before, after)]
-        for name in dict.fromkeys(q.wanted[kind] for q in questions):
-            picked = [i for i, q in enumerate(questions) if q.wanted[kind] == name]
-            rows.append((kind, name, *(np.mean([s[i] for i in picked]) for s in shares)))
-    rows.sort(key=lambda row: row[1] != concept)
-    print("| asked for | before, % | after, % | kept, % |\n|---|---|---|---|")
-    for kind, name, was, left in rows:
-        print(f"| {kind} {name} | {percent(was)} | {percent(left)} | {percent(left / was)} |")
-    for kind in HEADS:
-        others = [left / was for k, name, was, left in rows if k == kind and name != concept]
-        print(f"| other {kind}s: average, worst | | | {percent(np.mean(others))}, "
-              f"{percent(min(others))} |")
-    own = [q.prompt for q in asked[head] if q.wanted[head] == concept]
-    seen = judging.read(judge, after(own, 50 // len(own)))
-    counts = Counter(look[head] or "none of these" for look in seen).most_common()
-    print(f"In place of {concept}: {', '.join(f'{name} {n}' for name, n in counts)}.")
+    names = {"object": world.OBJECTS, "style": world.STYLES, "colour": tuple(world.COLOURS)}
+    kept = {h: {n: after.share(h, n, concept) / before.share(h, n, concept)
+                for n in names[h] if n != concept} for h in names}
+    worst = min(kept[head], key=kept[head].get)
+    pictures = after.objects if head == "object" else after.mixed
+    place = Counter(seen[head] or "none of these" for wanted, seen in pictures
+                    if wanted[head] == concept and seen[head] != concept)
+    others = " | ".join(percent(np.mean(list(kept[h].values()))) for h in names)
+    return (f"| {concept} | {settings['method']} | {settings['seed']} | {settings['iterations']} "
+            f"| {percent(before.share(head, concept, concept))} "
+            f"| {percent(after.share(head, concept, concept))} | {others} "
+            f"| {worst} {percent(kept[head][worst])} "
+            f"| {', '.join(f'{n} {name}' for name, n in place.most_common(3))} |")
+
+
+def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
+    """A row for each file; the numbers of the others are in % of what they were."""
+    print("| erased | method | seed | iterations | before, % | left, % | objects kept, % "
+          "| styles kept, % | colours kept, % | worst | most seen in its place |\n"
+          "|---|---|---|---|---|---|---|---|---|---|---|")
+    before = all_answers(painter, judge)
+    for file in files:
+        after = all_answers(painter._replace(sd=sample.load_erased(painter.sd, file)), judge)
+        with safe_open(file, "pt") as opened:
+            settings = {key: json.loads(value) for key, value in opened.metadata().items()}
+        print(erased_row(before, after, settings), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables of what the miniature can do.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("what", choices=["model", "erased"])
-    parser.add_argument("file", nargs="?", help="erased weights")
-    parser.add_argument("concept", nargs="?", help="the object or style that was erased")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="of erase.py")
     parser.add_argument("--model", type=Path, default=Path("notebooks/toy"))
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
-    if args.what == "erased" and args.concept not in world.OBJECTS + world.STYLES[1:]:
-        parser.error("erased needs a file and the object or style that was erased")
     judge, sd = judging.load(args.model), sample.load(args.model)
     painter = Painter(sd, args.steps, args.guidance, args.seed)
     if args.what == "erased":
-        after = painter._replace(sd=sample.load_erased(sd, args.file))
-        erased_table(painter, after, judge, args.concept)
+        erased_table(painter, judge, args.files)
     else:
         judge_table(judge, args.seed)
         prompt_table(painter, judge)

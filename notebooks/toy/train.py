@@ -34,6 +34,7 @@ from notebooks.toy import world
 from notebooks.toy.judge import Judge, labels_of
 
 EXAMPLES = 36_000
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
     "latent_channels": 4, "block_out_channels": [16, 32, 64, 64], "layers_per_block": 1,
@@ -190,7 +191,7 @@ def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 9000
     with torch.no_grad():
         std = torch.cat([model.encode(to_float(x))[0] for x in images[:2048].split(128)]).std()
     config = VAE_CONFIG | {"scaling_factor": round(1 / std.item(), 5)}
-    write(out / "vae", "diffusion_pytorch_model.safetensors", config, model)
+    write(out / "vae", DIFFUSERS_FILE, config, model)
 
 
 # Stage 3: the text encoder, by contrast between pictures and captions (CLIP, section 2.3).
@@ -222,7 +223,7 @@ class Contrast(nn.Module):
 
 
 def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: int,
-               steps: int = 2500) -> None:
+               steps: int = 2000) -> None:
     """Each picture must find its caption among the batch's, and each caption its picture."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     config = TEXT_CONFIG | {
@@ -233,7 +234,7 @@ def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
     tokens = torch.tensor(tokenizer(captions, padding="longest").input_ids)
 
     def loss(generator):
-        batch = torch.randint(EXAMPLES, (192,), generator=generator)
+        batch = torch.randint(EXAMPLES, (128,), generator=generator)
         alike = model(to_float(images[batch]), tokens[batch], tokenizer.eos_token_id)
         # captions that read the same are equally right
         same = (tokens[batch][:, None] == tokens[batch]).all(dim=-1).float()
@@ -247,9 +248,15 @@ def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
 # Stage 4: the U-Net.
 
 def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: int,
-               steps: int = 10_000) -> None:
+               steps: int = 9000) -> None:
     """eps-prediction in latents, weighted by min-SNR, https://arxiv.org/abs/2303.09556."""
-    sd = sample.load(out)
+    model = unet.UNet(unet.UNetConfig.from_json(UNET_CONFIG))
+    sd = sample.StableDiffusion(
+        model,
+        sample.load_part(out / "vae", DIFFUSERS_FILE, vae.VAEConfig, vae.VAE).float(),
+        sample.load_part(out / "text_encoder", "model.safetensors", clip_text.TextConfig,
+                         clip_text.TextEncoder).float(),
+        CLIPTokenizer.from_pretrained(out / "tokenizer"))
     with torch.no_grad():
         encoded = [sd.vae.encode(to_float(x)) for x in tqdm(images.split(128), "encoding")]
         mean, logvar = (torch.cat(parts) for parts in zip(*encoded))
@@ -257,7 +264,6 @@ def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
         features = torch.cat([sd.encode(texts[i:i + 64]) for i in range(0, len(texts), 64)])
     number = {text: i for i, text in enumerate(texts)}
     numbers = torch.tensor([number[caption] for caption in captions])
-    model = unet.UNet(unet.UNetConfig.from_json(UNET_CONFIG))
     abar = ddim.alphas_cumprod()
     snr = abar / (1 - abar)
     weight = snr.clamp(max=5) / snr
@@ -274,7 +280,7 @@ def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
         return (weight[t] * error).mean()
 
     fit("unet", model, loss, steps, 1e-3, run, seed, decay=0.9985)
-    write(out / "unet", "diffusion_pytorch_model.safetensors", UNET_CONFIG, model)
+    write(out / "unet", DIFFUSERS_FILE, UNET_CONFIG, model)
 
 
 # Stage 5: the judge.
