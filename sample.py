@@ -28,6 +28,7 @@ from transformers import CLIPTokenizer
 
 import clip_text
 import ddim
+import vae
 from clip_text import TextConfig, TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -141,14 +142,15 @@ def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> Stable
     if not (folder / "tokenizer" / "vocab.json").is_file():
         raise ValueError(f"{folder}/tokenizer/vocab.json is missing: copy the folder tokenizer/ "
                          f"of {DEFAULT_MODEL} there")
-    diffusers_file = "diffusion_pytorch_model.safetensors"
-    unet = load_part(folder / "unet", diffusers_file, UNetConfig, UNet)
-    vae = load_part(folder / "vae", diffusers_file, VAEConfig, VAE)
-    text_encoder = load_part(folder / "text_encoder", "model.safetensors", TextConfig, TextEncoder,
-                             clip_text.rename)
-    place = {"device": device, "dtype": getattr(torch, dtype)}
-    return StableDiffusion(unet.to(**place), vae.to(**place), text_encoder.to(**place),
-                           CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    file = "diffusion_pytorch_model.safetensors"
+    parts = [
+        load_part(folder / "unet", file, UNetConfig, UNet),
+        load_part(folder / "vae", file, VAEConfig, VAE, vae.rename),
+        load_part(folder / "text_encoder", "model.safetensors", TextConfig, TextEncoder,
+                  clip_text.rename),
+    ]
+    parts = [part.to(device, getattr(torch, dtype)) for part in parts]
+    return StableDiffusion(*parts, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
 
 
 def with_tuned(sd: StableDiffusion, tuned: dict[str, Tensor]) -> StableDiffusion:

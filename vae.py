@@ -13,7 +13,6 @@ Shapes: B batch, C channels, H W feature map.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -219,3 +218,14 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 4, H, W), not scaled -> (B, 3, 8H, 8W), about -1..1."""
         return self.decoder(self.post_quant_conv(latents))
+
+
+def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published tensors under this file's names: until 2022 the attention's layers had others."""
+    names_of_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+    def renamed(name):
+        *path, layer, kind = name.split(".")
+        return ".".join([*path, names_of_2022.get(layer, layer), kind])
+
+    return {renamed(name): tensor for name, tensor in weights.items()}

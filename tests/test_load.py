@@ -12,9 +12,11 @@ import clip_text
 import parity
 import sample
 import small
+import vae
 from parity import MODELS
 
-RENAME = {"unet": {}, "vae": {}, "text_encoder": {"rename": clip_text.rename}}
+RENAME = {"unet": {}, "vae": {"rename": vae.rename},
+          "text_encoder": {"rename": clip_text.rename}}
 
 
 def save(folder: Path, part: str, weights: dict[str, Tensor]) -> None:
@@ -53,6 +55,20 @@ def test_text_encoder_may_have_the_names_on_disk(tmp_path):
     tokens, = small.INPUTS["text_encoder"]
     loaded = load(tmp_path, "text_encoder")
     assert torch.equal(loaded(tokens), MODELS["text_encoder"](tokens))
+
+
+def test_vae_may_have_the_names_of_2022(tmp_path):
+    weights = MODELS["vae"].state_dict()
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    on_disk = dict(weights)
+    for part in ("encoder", "decoder"):
+        for new_name, old_name in old.items():
+            for kind in ("weight", "bias"):
+                path = f"{part}.mid_block.attentions.0"
+                on_disk[f"{path}.{old_name}.{kind}"] = on_disk.pop(f"{path}.{new_name}.{kind}")
+    save(tmp_path, "vae", on_disk)
+    loaded = load(tmp_path, "vae").state_dict()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
 def without_one(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:

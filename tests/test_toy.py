@@ -131,6 +131,13 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path):
     assert torch.equal(whole.weight, pieces.weight)
 
 
+def test_checkpoints_of_another_training_are_refused(tmp_path):
+    train.claim(tmp_path / "run", {"seed": 0, "without": []})
+    train.claim(tmp_path / "run", {"seed": 0, "without": []})
+    with pytest.raises(ValueError, match="choose another --run"):
+        train.claim(tmp_path / "run", {"seed": 0, "without": ["star"]})
+
+
 # Measuring
 
 def test_frechet_distance_of_gaussians():

@@ -20,7 +20,7 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
@@ -307,6 +307,18 @@ def train_judge(out: Path, run: Path, seed: int, steps: int = 2000, count: int =
     write(out / "judge", "model.safetensors", {"_class_name": "Judge"}, model)
 
 
+def claim(run: Path, settings: dict) -> None:
+    """Makes the folder of a training, or checks that the one in it has the same settings.
+
+    Raises ValueError where they differ: its checkpoints would be taken for this training's.
+    """
+    file = run / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != settings:
+        raise ValueError(f"{run} holds the checkpoints of {file.read_text()}: choose another --run")
+    run.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings))
+
+
 STAGES = ("tokenizer", "vae", "text", "unet", "judge")
 
 
@@ -324,8 +336,11 @@ def main() -> None:
     for name in args.stages:
         if name not in STAGES:
             parser.error(f"unknown stage {name!r}, choose from {', '.join(STAGES)}")
-    world.check_names(args.without)
-    args.run.mkdir(parents=True, exist_ok=True)
+    try:
+        world.check_names(args.without)
+        claim(args.run, {"seed": args.seed, "without": sorted(args.without)})
+    except ValueError as error:
+        parser.error(str(error))
     data = functools.partial(examples, args.seed, tuple(args.without))
     for name in args.stages:
         began = time.perf_counter()
