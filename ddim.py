@@ -5,7 +5,7 @@
 Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, https://arxiv.org/abs/2010.02502
 Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, https://arxiv.org/abs/2207.12598
 
-Symbols: t time, 0 (a picture) to 999 (noise); x_t latent at time t; eps noise in it; abar
+Symbols: t time, 0 (nearly a picture) to 999 (noise); x_t latent at time t; eps noise in it; abar
 alpha-bar of DDPM, which the DDIM paper writes alpha; c, null the prompt and the empty prompt.
 DDIM's own eta is 0 here, always: sampling adds no noise, and "eta" is free for ESD's strength.
 """
@@ -44,12 +44,13 @@ def add_noise(x_0: Tensor, noise: Tensor, abar_t: Tensor) -> Tensor:
 
     x_0 and noise (B, 4, H, W), abar_t (B,) or one for all, ().
     """
-    abar_t = abar_t.view(-1, 1, 1, 1).to(x_0)
-    return abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * noise
+    precise = torch.promote_types(x_0.dtype, torch.float32)  # in bfloat16, abar_0 would be 1
+    abar_t = abar_t.to(x_0.device, precise).view(-1, 1, 1, 1)
+    return (abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * noise).to(x_0.dtype)
 
 
 def step(x_t: Tensor, eps: Tensor, abar_t: Tensor, abar_prev: Tensor) -> Tensor:
-    """One step towards the picture (DDIM, eq. 12 with sigma = 0).
+    """One step towards the picture (DDIM, eq. 12 with sigma = 0); abar_t and abar_prev are ().
 
     x_0    = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
     x_prev = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev) eps
@@ -82,7 +83,9 @@ def guided(unet: Callable, text: Tensor, null: Tensor, scale: float) -> Callable
 
 
 def denoise(predict: Callable, x_t: Tensor, steps: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields (t, x_t) from noise to picture: first (981, noise), last (0, x_0).
+    """Yields (t, x_t), (B, 4, H, W), from noise to picture: first (981, noise), last (0, x at 0).
+
+    `predict(x_t, t)` gives eps, as the function that `guided` returns does.
 
     What comes after a pair is computed only when it is asked for, so a caller that stops at t has
     paid for the steps before t and no more.

@@ -1,7 +1,7 @@
 """Erases a concept from Stable Diffusion by fine-tuning its U-Net, without a single picture: ESD.
 
-    python erase.py "Van Gogh" --method esd-x --out van-gogh.safetensors      # the paper's settings
-    python sample.py "a starry night by Van Gogh" --erased van-gogh.safetensors
+    python erase.py "Van Gogh" --model stable-diffusion-v1-4 --out van-gogh.safetensors
+    python erase.py "star" --model notebooks/toy --lr 1e-3 --iterations 150 --out star.safetensors
 
 Gandikota, Materzynska, Fiotto-Kaufman, Bau: "Erasing Concepts from Diffusion Models", ICCV 2023,
 https://arxiv.org/abs/2303.07345. Equation numbers are that paper's.
@@ -12,13 +12,13 @@ theta the tuned tensors, the only ones in which the two differ.
 """
 
 import argparse
-import itertools
 import json
 import os
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
@@ -29,19 +29,16 @@ import sample
 from sample import StableDiffusion
 
 
-def is_output(name: str) -> bool:
-    """The U-Net's last norm and convolution."""
-    return name.startswith(("conv_norm_out.", "conv_out."))
-
-
-# Which parameters a method tunes, as a predicate on their names (section 4.1).
+# Which parameters a method tunes, as a predicate on their names. esd-x and esd-u are the paper's
+# (section 4.1; its code spares the time embedding and the output layers), the others its code's.
+SPARED = ("time_embedding.", "conv_norm_out.", "conv_out.")
 METHODS: dict[str, Callable[[str], bool]] = {
     "esd-x": lambda name: "attn2" in name,  # cross-attention: tied to the words of the prompt
     "esd-x-strict": lambda name: "attn2.to_k" in name or "attn2.to_v" in name,
-    "esd-u": lambda name: not ("attn2" in name or "time_embedding" in name or is_output(name)),
+    "esd-u": lambda name: "attn2" not in name and not name.startswith(SPARED),
     "selfattn": lambda name: "attn1" in name,
     "full": lambda name: True,
-    "notime": lambda name: not ("time_embedding" in name or is_output(name)),
+    "notime": lambda name: not name.startswith(SPARED),
 }
 ALIASES = {"xattn": "esd-x", "noxattn": "esd-u", "esd-all": "full"}  # of the official code
 
@@ -60,7 +57,10 @@ def esd_target(eps_null: Tensor, eps_c: Tensor, eta: float) -> Tensor:
 
 def esd_loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
              eta: float = 1.0) -> Tensor:
-    """Eq. 6 as a loss, one number per sample: ||eps_theta(x_t, c, t) - target||^2, (B,)."""
+    """Eq. 6 as a loss: the mean square of eps_theta(x_t, c, t) - target over a sample, (B,).
+
+    unet and frozen are functions of (x_t, t, text); x_t is (B, 4, H, W), t is (B,).
+    """
     with torch.no_grad():
         target = esd_target(frozen(x_t, t, text.null), frozen(x_t, t, text.concept), eta)
     eps = unet(x_t, t, text.concept)
@@ -85,52 +85,64 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
           lr: float = 1e-5, iterations: int = 1000, loss_fn: Callable = esd_loss,
           guidance: float = 3.0, steps: int = 50, seed: int = 0,
           progress: bool = False) -> dict[str, Tensor]:
-    """Fine-tunes until a prompt with a concept is drawn as one without it; returns theta, float32.
+    """Runs `iterations` steps of ESD; returns the tuned tensors theta by name, in float32.
 
     Each iteration draws one concept, a random step of `steps`, and a latent that the edited model
     itself has denoised so far for this concept (section 4); then Adam takes one step down
-    `loss_fn(unet, frozen, x_t, t, text, eta)`. `sd` isn't changed.
+    `loss_fn(unet, frozen, x_t, t, text, eta)`. `sd` isn't changed. Raises ValueError for an unknown
+    method, impossible steps or iterations, and for a model in float16.
     """
     if iterations < 0:
         raise ValueError(f"iterations is {iterations}, choose 0 or more")
     concepts = [concepts] if isinstance(concepts, str) else concepts
-    frozen = sd.unet
+    if sd.dtype == torch.float16:
+        raise ValueError("float16 is too coarse for gradients, choose bfloat16 or float32")
+    frozen, times = sd.unet, ddim.timesteps(steps)
     parameters = dict(frozen.named_parameters())
-    theta = {name: parameters[name].float().clone().requires_grad_()  # updates of 1e-5 need float32
-             for name in select(frozen, method)}
+    theta = {name: parameters[name].detach().to(torch.float32, copy=True).requires_grad_()
+             for name in select(frozen, method)}  # an update of 1e-5 is lost in half precision
 
     def edited(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        in_place = {name: tensor.to(sd.dtype) for name, tensor in theta.items()}
-        return functional_call(frozen, in_place, (x_t, t, text))
+        cast = {name: tensor.to(sd.dtype) for name, tensor in theta.items()}
+        return functional_call(frozen, cast, (x_t, t, text))
 
     optimizer = torch.optim.Adam(theta.values(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
     null, features = sd.encode([""]), sd.encode(concepts)
     shape = (1, sd.unet.config.in_channels, *[sd.unet.config.sample_size] * 2)
-    times = ddim.timesteps(steps)
     bar = tqdm(range(iterations), "erasing", disable=not progress)
     for _ in bar:
         i = torch.randint(len(concepts), (1,), generator=generator).item()
-        k = torch.randint(len(times), (1,), generator=generator).item()
-        noise = torch.randn(shape, generator=generator).to(sd.device, sd.dtype)
-        c = features[i:i + 1]
+        stop = times[torch.randint(len(times), (1,), generator=generator).item()]
+        noise = torch.randn(shape, generator=generator).to(sd.device)
+        c = features[i:i + 1]  # (1, 77, 768)
         with torch.no_grad():
-            way = ddim.denoise(ddim.guided(edited, c, null, guidance), noise, steps)
-            t, x_t = next(itertools.islice(way, k, None))  # k steps on from noise
+            for t, x_t in ddim.denoise(ddim.guided(edited, c, null, guidance), noise, steps):
+                if t == stop:
+                    break
         loss = loss_fn(edited, frozen, x_t, torch.tensor([t], device=sd.device), Text(c, null), eta)
-        optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
+        optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.mean().item():.4f}", refresh=False)
     return {name: tensor.detach() for name, tensor in theta.items()}
 
 
 def save(theta: dict[str, Tensor], path: Path, dtype: torch.dtype, settings: dict) -> None:
-    """A safetensors file under the published names, whole or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A safetensors file under the published names, whole or not there at all.
+
+    The settings are JSON in its metadata. Raises ValueError where theta isn't finite, OSError where
+    it can't be written.
+    """
+    for name, tensor in theta.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} isn't finite, nothing was saved: try a smaller --lr or --eta")
     part = path.with_name(path.name + ".part")
-    save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in theta.items()}, part,
-              metadata={key: json.dumps(value) for key, value in settings.items()})
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in theta.items()}
+    try:
+        save_file(tensors, part, metadata={"settings": json.dumps(settings)})
+    except SafetensorError as error:
+        raise OSError(f"{part} can't be written: {error}") from error
     os.replace(part, path)
 
 
@@ -147,6 +159,9 @@ def before_after(before: StableDiffusion, after: StableDiffusion, prompts: list[
 
 def run(args: argparse.Namespace) -> None:
     """What the command line asks for."""
+    picture = args.out.with_suffix(".png")
+    sample.check_out(args.out, ".safetensors")
+    sample.check_out(picture, ".png")
     sd = sample.load(args.model, args.device, args.dtype)
     names = select(sd.unet, args.method)
     parameters = dict(sd.unet.named_parameters())
@@ -160,7 +175,6 @@ def run(args: argparse.Namespace) -> None:
     print(args.out)
     prompts = args.concepts + args.show
     sheet = before_after(sd, sample.load_erased(sd, args.out), prompts, args.seed, args.steps)
-    picture = args.out.with_suffix(".png")
     sample.save_png(sheet, picture, "\n".join(prompts), settings)
     print(picture)
 

@@ -12,6 +12,8 @@ of the VAE (vae.py).
 
 import argparse
 import json
+import math
+import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -66,7 +68,8 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> list[Image.Image]:
         """The U-Net's latents (B, 4, H, W) -> B pictures of 8H x 8W pixels."""
-        images = self.vae.decode(x_0 / self.vae.config.scaling_factor)  # (B, 3, 8H, 8W), -1..1
+        latents = (x_0 / self.vae.config.scaling_factor).to(self.dtype)
+        images = self.vae.decode(latents)  # (B, 3, 8H, 8W), -1..1
         pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -103,8 +106,9 @@ def load_part(folder: Path, file: str, config_class: type, model_class: type,
                              "with unet/, vae/, text_encoder/ and tokenizer/")
     try:
         config = config_class.from_json(json.loads((folder / "config.json").read_text()))
-    except KeyError as error:
-        raise ValueError(f"{folder}/config.json has no {error}: use SD v1 weights") from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}/config.json isn't one of Stable Diffusion v1: "
+                         f"{type(error).__name__} {error}") from error
     weights = rename(read_tensors(folder / file))
     with torch.device("meta"):  # no memory, no random weights
         model = model_class(config)
@@ -119,7 +123,8 @@ def choose_device(device: str) -> torch.device:
     Raises ValueError for a device that isn't there.
     """
     if device == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch raises either
@@ -139,7 +144,8 @@ def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> Stable
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     if not folder.is_dir():
         raise ValueError(f"{model} isn't a folder: --model takes a folder in diffusers' layout")
-    if not (folder / "tokenizer" / "vocab.json").is_file():
+    vocabularies = folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "tokenizer.json"
+    if not any(file.is_file() for file in vocabularies):
         raise ValueError(f"{folder}/tokenizer/vocab.json is missing: copy the folder tokenizer/ "
                          f"of {DEFAULT_MODEL} there")
     file = "diffusion_pytorch_model.safetensors"
@@ -176,11 +182,13 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
 def starting_noise(sd: StableDiffusion, num: int, seed: int, size: int | None) -> Tensor:
     """(num, 4, size/8, size/8), drawn one picture after another on the CPU in float32.
 
-    So a picture depends neither on the batch nor on the device. Raises ValueError for a size that
+    So it depends neither on the batch nor on the device. Raises ValueError for a size that
     the levels of the U-Net don't divide.
     """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, choose 0 to {2**63 - 1}")
     factor, levels = sd.vae.config.factor, len(sd.unet.config.block_out_channels)
-    size = size or sd.unet.config.sample_size * factor
+    size = sd.unet.config.sample_size * factor if size is None else size
     unit = factor * 2 ** (levels - 1)  # 64 pixels for Stable Diffusion v1
     if size < unit or size % unit:
         raise ValueError(f"size is {size}, choose a multiple of {unit}")
@@ -197,29 +205,30 @@ def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | 
 
     `seed` is one number, from which every prompt gets the same `num` noises, or one for each
     prompt. `size` is in pixels (None: what the model was trained on), `negative` takes the empty
-    prompt's place in the guidance, `batch` pictures are made at once.
+    prompt's place in the guidance, `batch` pictures are made at once. Raises ValueError for an
+    impossible num, size, steps or seed.
     """
     if num < 1:
         raise ValueError(f"num is {num}, choose 1 or more")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
-    x_T = torch.cat([starting_noise(sd, num, s, size) for s in seeds])  # (P*num, 4, H, W)
+    noise = torch.cat([starting_noise(sd, num, s, size) for s in seeds])  # (P*num, 4, H, W)
     text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P*num, 77, 768)
     null = sd.encode([negative])
-    total = len(x_T) * len(ddim.timesteps(steps))
+    total = len(noise) * len(ddim.timesteps(steps))
     images = []
     with tqdm(total=total, unit="step", disable=not progress) as bar:
-        for x, c in zip(x_T.to(sd.device, sd.dtype).split(batch), text.split(batch), strict=True):
+        for x_t, c in zip(noise.to(sd.device).split(batch), text.split(batch), strict=True):
             predict = ddim.guided(sd.unet, c, null.expand_as(c), guidance)
-            for t, x in ddim.denoise(predict, x, steps):
-                bar.update(len(x) if t else 0)
-            images += sd.decode(x)
+            for t, x_t in ddim.denoise(predict, x_t, steps):
+                bar.update(len(x_t) if t else 0)
+            images += sd.decode(x_t)
     return images
 
 
 def contact_sheet(rows: list[tuple[str, list[Image.Image]]], least: int = 96) -> Image.Image:
-    """Rows of pictures under their labels; small pictures are enlarged to `least` pixels."""
-    scale = max(1, -(-least // rows[0][1][0].width))
+    """Rows of pictures under their labels; small pictures are enlarged to at least `least`."""
+    scale = max(1, math.ceil(least / rows[0][1][0].width))
     side, gap, line = rows[0][1][0].width * scale, 4, 22
     width = max(len(images) for _, images in rows) * (side + gap) + gap
     sheet = Image.new("RGB", (width, len(rows) * (side + line + gap)), "white")
@@ -233,16 +242,34 @@ def contact_sheet(rows: list[tuple[str, list[Image.Image]]], least: int = 96) ->
 
 
 def save_png(image: Image.Image, path: Path, prompt: str, settings: dict) -> None:
-    """A PNG that says in its text chunk how it was made."""
+    """A PNG that says in its text chunk how it was made; written whole or not at all."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("prompt", prompt)
-    info.add_itxt("settings", json.dumps(settings))
+    info.add_itxt("settings", json.dumps(settings, default=str))
+    part = path.with_name(path.name + ".part")
+    image.save(part, format="PNG", pnginfo=info)
+    os.replace(part, path)
+
+
+def check_out(path: Path, suffix: str) -> None:
+    """Makes the folder of a file to come.
+
+    Raises ValueError for another suffix, OSError where nothing can be written: now, not after
+    the work.
+    """
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(f"{path} can't be written: choose a file name that ends in {suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)
+    part = path.with_name(path.name + ".part")
+    part.touch()
+    part.unlink()
 
 
 def run(args: argparse.Namespace) -> None:
     """What the command line asks for."""
+    check_out(args.out, ".png")
+    if args.singles:
+        args.singles.mkdir(parents=True, exist_ok=True)
     sd = load(args.model, args.device, args.dtype)
     if args.erased:
         sd = load_erased(sd, args.erased)
@@ -264,8 +291,8 @@ def fail_in_one_line(run: Callable, args: argparse.Namespace) -> None:
     """Runs a command; wrong input ends it with one line and exit status 2, without a traceback."""
     try:
         run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -51,6 +51,9 @@ class UNetConfig:
         if not isinstance(heads, int):
             raise ValueError(f"unet/config.json has attention_head_dim = {heads!r}, one number "
                              "for each level: that is Stable Diffusion 2, use SD v1 weights")
+        if config["in_channels"] != config["out_channels"]:
+            raise ValueError(f"unet/config.json has in_channels = {config['in_channels']}: that is "
+                             "an inpainting or another relative, use SD v1 weights")
         return cls(
             in_channels=config["in_channels"],
             out_channels=config["out_channels"],
@@ -65,7 +68,7 @@ class UNetConfig:
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim): cosines, then sines, of t at dim/2 frequencies from 1 down to 1/10000."""
+    """(B,) -> (B, dim): cosines, then sines, of t / 10000^(i / (dim/2)) for i < dim/2."""
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * freqs  # (B, dim/2)
@@ -94,14 +97,13 @@ class ResnetBlock(nn.Module):
         self.time_emb_proj = nn.Linear(emb_dim, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
         h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return h + self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -279,7 +281,7 @@ class MidBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, c, t): the noise that is in x_t, as the text c lets one guess it."""
+    """eps_theta(x_t, c, t): predicts the noise in x_t, given the time t and the text c."""
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
@@ -289,35 +291,30 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
 
-        self.down_blocks = nn.ModuleList()
-        skip_channels = [widths[0]]  # of the tensors that the way up is shown again
-        x_channels = widths[0]
-        for i, c in enumerate(widths):
-            inputs = [x_channels] + [c] * (n - 1)
-            self.down_blocks.append(DownBlock(inputs, c, config.attention[i], config, i == last))
-            skip_channels += [c] * (n if i == last else n + 1)
-            x_channels = c
-
         self.mid_block = MidBlock(widths[-1], config)
-
-        self.up_blocks = nn.ModuleList()
-        for i, c in reversed(list(enumerate(widths))):
-            inputs = []
-            for _ in range(n + 1):
-                inputs.append(x_channels + skip_channels.pop())
-                x_channels = c
-            self.up_blocks.append(UpBlock(inputs, c, config.attention[i], config, i == 0))
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        for i, c in enumerate(widths):
+            finer, coarser = widths[max(i - 1, 0)], widths[min(i + 1, last)]
+            inputs = [finer] + [c] * (n - 1)
+            self.down_blocks.append(DownBlock(inputs, c, config.attention[i], config, i == last))
+            # on the way up, x comes first from the coarser level, the last skip from the finer
+            inputs = [x + skip for x, skip in zip([coarser] + [c] * n, [c] * n + [finer])]
+            self.up_blocks.insert(0, UpBlock(inputs, c, config.attention[i], config, i == 0))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor | int, text: Tensor) -> Tensor:
-        """x_t: (B, 4, 64, 64), t: (B,) or a number, text: (B, 77, 768) -> eps: (B, 4, 64, 64)."""
+        """x_t: (B, 4, 64, 64), t: (B,) or a number, text: (B, 77, 768) -> eps: (B, 4, 64, 64).
+
+        Computes in the weights' dtype and answers in that of x_t.
+        """
+        dtype = self.conv_in.weight.dtype
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))  # (B,)
-        t_emb = timestep_embedding(t, self.config.block_out_channels[0]).to(x_t.dtype)
+        t_emb = timestep_embedding(t, self.config.block_out_channels[0]).to(dtype)
         emb = self.time_embedding(t_emb)
 
-        x = self.conv_in(x_t)
+        x = self.conv_in(x_t.to(dtype))
         skips = [x]
         for block in self.down_blocks:
             x, new = block(x, emb, text)
@@ -327,4 +324,4 @@ class UNet(nn.Module):
             n = len(block.resnets)
             x = block(x, emb, text, skips[-n:])
             skips = skips[:-n]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)

@@ -11,6 +11,7 @@ sample.py's business. Attribute names are those of the published checkpoints.
 Shapes: B batch, C channels, H W feature map.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -31,7 +32,10 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "VAEConfig":
-        """The config of a published `vae/config.json` (the oldest lack the last two entries)."""
+        """The config of a published `vae/config.json` (the oldest lack the last two entries).
+
+        Raises ValueError where it describes another architecture than Stable Diffusion v1's.
+        """
         if config.get("act_fn", "silu") != "silu":
             raise ValueError(f"vae/config.json has act_fn = {config['act_fn']!r}, Stable Diffusion "
                              "v1 has 'silu': this is another model, use SD v1 weights")
@@ -47,7 +51,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """How many pixels a latent is wide: 8."""
+        """How many pixels wide a latent is: 8 for Stable Diffusion v1."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -60,13 +64,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return h + self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -213,7 +216,7 @@ class VAE(nn.Module):
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, 8H, 8W) in -1..1 -> mean and log variance of q(z|x), (B, 4, H, W) each."""
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        return mean, logvar.clamp(-30, 20)  # as published: keeps exp(logvar) finite
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 4, H, W), not scaled -> (B, 3, 8H, 8W), about -1..1."""
@@ -222,10 +225,6 @@ class VAE(nn.Module):
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published tensors under this file's names: until 2022 the attention's layers had others."""
-    names_of_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-    def renamed(name):
-        *path, layer, kind = name.split(".")
-        return ".".join([*path, names_of_2022.get(layer, layer), kind])
-
-    return {renamed(name): tensor for name, tensor in weights.items()}
+    new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    old = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.)")
+    return {old.sub(lambda match: new[match[0]], name): t for name, t in weights.items()}

@@ -173,7 +173,7 @@ def test_half_precision_model_is_tuned_in_float32(folder):
 def test_the_same_seed_gives_the_same_file(sd, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         theta = erase.erase(sd, ["star"], seed=seed, **QUICK)
-        erase.save(theta, tmp_path / name, torch.float16, {})
+        erase.save(theta, tmp_path / name, torch.float16, {"concepts": ["star"], "eta": 1.0})
     a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
     assert a == b != c
 
@@ -183,8 +183,7 @@ def test_the_file_has_the_settings_and_the_dtype(sd, tmp_path):
     for dtype in (torch.float16, torch.float32):
         erase.save(theta, tmp_path / "f", dtype, {"concepts": ["star"], "eta": 1.0})
         with safe_open(tmp_path / "f", "pt") as file:
-            assert {k: json.loads(v) for k, v in file.metadata().items()} == {
-                "concepts": ["star"], "eta": 1.0}
+            assert json.loads(file.metadata()["settings"]) == {"concepts": ["star"], "eta": 1.0}
             assert all(torch.equal(file.get_tensor(k), v.to(dtype)) for k, v in theta.items())
 
 
@@ -199,6 +198,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(erase, "save_file", break_off)
     with pytest.raises(OSError):
         erase.save({"a": torch.zeros(1)}, path, torch.float32, {})
+    with pytest.raises(ValueError, match="a isn't finite"):
+        erase.save({"a": torch.full((1,), torch.nan)}, path, torch.float32, {})
     assert load_file(path)["a"].item() == 1
 
 
@@ -235,12 +236,19 @@ def test_the_command_writes_weights_and_a_picture(folder, tmp_path, monkeypatch,
     assert len(load_file(out)) == 80
     picture = Image.open(out.with_suffix(".png"))
     assert picture.text["prompt"] == "star\na heart"
+    monkeypatch.setattr("sys.argv", ["sample.py", "a star", "--model", str(folder), "--steps", "1",
+                                     "--erased", str(out), "--out", str(tmp_path / "star-2.png")])
+    sample.main()
+    settings = json.loads(Image.open(tmp_path / "star-2.png").text["settings"])
+    assert settings["erased"] == str(out)
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["--model", "nowhere"], "nowhere isn't a folder"),
     (["--steps", "1000"], "steps is 1000"),
     (["--iterations", "-1"], "iterations is -1"),
+    (["--dtype", "float16"], "float16 is too coarse"),
+    (["--out", "star.png"], "star.png can't be written"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
     out = tmp_path / "star.safetensors"
@@ -249,3 +257,4 @@ def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, argume
     assert stopped.value.code == 2 and not out.exists()
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and says in lines[0]
+    assert not list(tmp_path.iterdir())

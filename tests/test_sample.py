@@ -69,7 +69,7 @@ def test_a_folder_without_a_part_is_refused(folder, tmp_path, part):
 def test_a_config_without_an_entry_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "vae" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="vae/config.json has no 'in_channels'"):
+    with pytest.raises(ValueError, match="vae/config.json isn't one of Stable Diffusion v1: KeyError 'in_channels'"):
         sample.load(copy)
 
 
@@ -184,10 +184,12 @@ def test_pictures_say_how_they_were_made(folder, tmp_path, monkeypatch, capsys):
     (["--num", "0"], "num is 0"),
     (["--erased", "nothing.safetensors"], "nothing.safetensors"),
     (["--device", "abacus"], "abacus"),
+    (["--seed", "-1"], "seed is -1"),
+    (["--out", "picture.jpg"], "picture.jpg can't be written"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
     if "--model" not in arguments:
         arguments = ["--model", folder, *arguments]
     out = tmp_path / "out.png"
     assert says in fails_in_one_line(monkeypatch, capsys, "a star", "--out", out, *arguments)
-    assert not out.exists()
+    assert not list(tmp_path.iterdir())

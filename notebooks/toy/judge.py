@@ -53,10 +53,10 @@ def to_tensor(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def load(folder: Path) -> Judge:
+def load(folder: str | Path) -> Judge:
     """The judge that was trained beside the model in `folder`."""
     judge = Judge()
-    judge.load_state_dict(load_file(folder / "judge" / "model.safetensors"))
+    judge.load_state_dict(load_file(Path(folder) / "judge" / "model.safetensors"))
     return judge.requires_grad_(False)
 
 

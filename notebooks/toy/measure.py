@@ -229,7 +229,7 @@ def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
     for file in files:
         after = all_answers(painter._replace(sd=sample.load_erased(painter.sd, file)), judge)
         with safe_open(file, "pt") as opened:
-            settings = {key: json.loads(value) for key, value in opened.metadata().items()}
+            settings = json.loads(opened.metadata()["settings"])
         print(erased_row(before, after, settings), flush=True)
 
 
