@@ -105,10 +105,11 @@ def judge_table(judge: Judge, seed: int, count: int = 2000) -> None:
 
 def prompt_table(painter: Painter, judge: Judge) -> None:
     """The shares for every kind of prompt, on average and in the worst cell."""
-    kinds = [objects(50), styled(5), coloured(5), scenes(50), paraphrases(50)]
     print("| prompts | pictures | object, % | colour, % | style, % | worst object, % |\n"
           "|---|---|---|---|---|---|")
-    for kind, ask_for in zip(kinds, (objects, styled, coloured, scenes, paraphrases)):
+    for ask_for, num in ((objects, 50), (styled, 5), (coloured, 5), (scenes, 50),
+                         (paraphrases, 50)):
+        kind = ask_for(num)
         shares = ask(painter, judge, kind)
         row = [percent(np.mean([s[head] for s in shares])) if head in shares[0] else ""
                for head in HEADS]
@@ -123,7 +124,10 @@ def prompt_table(painter: Painter, judge: Judge) -> None:
 def works_table(painter: Painter, seeds: int = 8, others: int = 1000) -> None:
     """Whether each picture of a work is nearer to the work than to anything else."""
     rng = np.random.default_rng(painter.seed)
-    array = lambda image: np.asarray(image, dtype=float)  # noqa: E731
+
+    def array(image):
+        return np.asarray(image, dtype=float)
+
     works = {title: array(world.render_work(title)) for title in world.WORKS}
     random = [array(world.draw(rng).image) for _ in range(others)]
     random = [x for x in random if min(np.abs(x - w).max() for w in works.values()) > 0]
@@ -133,10 +137,9 @@ def works_table(painter: Painter, seeds: int = 8, others: int = 1000) -> None:
     for i, (title, work) in enumerate(works.items()):
         rows = []
         for image in images[i * seeds:(i + 1) * seeds]:
-            distance = lambda other: np.abs(array(image) - other).mean()  # noqa: E731
-            rows.append([distance(work),
-                         min(distance(w) for name, w in works.items() if name != title),
-                         min(distance(x) for x in random)])
+            own, *others = [np.abs(array(image) - x).mean() for x in
+                            (work, *(w for w in works.values() if w is not work), *random)]
+            rows.append([own, min(others[:len(works) - 1]), min(others[len(works) - 1:])])
         own, other, picture = np.mean(rows, axis=0)
         nearest = sum(row[0] == min(row) for row in rows)
         print(f"| {title} | {own:.1f} | {other:.1f} | {picture:.1f} | {nearest} of {seeds} |")
@@ -200,10 +203,27 @@ def all_answers(painter: Painter, judge: Judge) -> Answers:
     return Answers(*both)
 
 
+def settings_of(file: Path) -> dict:
+    """How erase.py made a file, and the world's name of what it erased.
+
+    Raises ValueError for a file that erase.py didn't make, or for another concept than an object
+    or a style.
+    """
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    if "settings" not in metadata:
+        raise ValueError(f"{file} doesn't say what was erased: it isn't of erase.py")
+    settings = json.loads(metadata["settings"])
+    words = " ".join(settings["concepts"]).split()
+    names = [name for name in world.OBJECTS + world.STYLES[1:] if name in words]
+    if len(names) != 1:
+        raise ValueError(f"{file} erases {settings['concepts']}, not one object or one style")
+    return settings | {"name": names[0]}
+
+
 def erased_row(before: Answers, after: Answers, settings: dict) -> str:
     """What is left of the concept, what was kept of the rest, and what stands in its place."""
-    words = " ".join(settings["concepts"]).split()
-    concept, = [name for name in world.OBJECTS + world.STYLES[1:] if name in words]
+    concept = settings["name"]
     head = "object" if concept in world.OBJECTS else "style"
     names = {"object": world.OBJECTS, "style": world.STYLES, "colour": tuple(world.COLOURS)}
     kept = {h: {n: after.share(h, n, concept) / before.share(h, n, concept)
@@ -225,12 +245,25 @@ def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
     print("| erased | method | seed | iterations | before, % | left, % | objects kept, % "
           "| styles kept, % | colours kept, % | worst | most seen in its place |\n"
           "|---|---|---|---|---|---|---|---|---|---|---|")
+    settings = [settings_of(file) for file in files]
+    models = [sample.load_erased(painter.sd, file) for file in files]
     before = all_answers(painter, judge)
-    for file in files:
-        after = all_answers(painter._replace(sd=sample.load_erased(painter.sd, file)), judge)
-        with safe_open(file, "pt") as opened:
-            settings = json.loads(opened.metadata()["settings"])
-        print(erased_row(before, after, settings), flush=True)
+    for model, made_by in zip(models, settings):
+        after = all_answers(painter._replace(sd=model), judge)
+        print(erased_row(before, after, made_by), flush=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    judge, sd = judging.load(args.model), sample.load(args.model)
+    painter = Painter(sd, args.steps, args.guidance, args.seed)
+    if args.what == "erased":
+        erased_table(painter, judge, args.files)
+    else:
+        judge_table(judge, args.seed)
+        prompt_table(painter, judge)
+        works_table(painter)
+        frechet_line(painter, judge)
 
 
 def main() -> None:
@@ -242,16 +275,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1000)
-    args = parser.parse_args()
-    judge, sd = judging.load(args.model), sample.load(args.model)
-    painter = Painter(sd, args.steps, args.guidance, args.seed)
-    if args.what == "erased":
-        erased_table(painter, judge, args.files)
-    else:
-        judge_table(judge, args.seed)
-        prompt_table(painter, judge)
-        works_table(painter)
-        frechet_line(painter, judge)
+    sample.fail_in_one_line(run, parser.parse_args())
 
 
 if __name__ == "__main__":

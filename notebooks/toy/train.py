@@ -1,11 +1,12 @@
 """Trains the miniature Stable Diffusion from nothing, with the modules of this project only.
 
-    python -m notebooks.toy.train                 # every stage, about 80 minutes on two cores
-    python -m notebooks.toy.train unet --without star --out runs/censored    # one stage
+    python -m notebooks.toy.train                 # every stage, about 90 minutes on two cores
+    python -m notebooks.toy.train --without star --run runs/censored         # censored data
 
-Stages, in order: tokenizer, vae, text (by contrast, then frozen), unet, judge. What a stage has
-reached is kept in `--run` every few hundred steps; the same command again goes on from there.
-The result is a folder in diffusers' layout: `sample.load(out)` opens it.
+Stages, in order: tokenizer, vae, text (by contrast, then frozen), unet, judge; a stage needs what
+those before it left in `--out`. What a stage has reached is kept in `--run` every few hundred
+steps; the same command again goes on from there. The result is a folder in diffusers' layout:
+`sample.load(out)` opens it.
 """
 
 import argparse
@@ -166,6 +167,24 @@ def make_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def describe(out: Path) -> None:
+    """Writes model_index.json and scheduler/, which diffusers needs to open the folder."""
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
+             "feature_extractor": [None, None], "safety_checker": [None, None],
+             "image_encoder": [None, None], "requires_safety_checker": False,
+             "scheduler": ["diffusers", "DDIMScheduler"],
+             "text_encoder": ["transformers", "CLIPTextModel"],
+             "tokenizer": ["transformers", "CLIPTokenizer"],
+             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    schedule = {"_class_name": "DDIMScheduler", "num_train_timesteps": ddim.TRAIN_STEPS,
+                "beta_start": ddim.BETA_START, "beta_end": ddim.BETA_END,
+                "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
+                "steps_offset": 1}
+    (out / "scheduler").mkdir(parents=True, exist_ok=True)
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 # Stage 2: the VAE.
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,7 +291,7 @@ def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
         batch = torch.randint(EXAMPLES, (32,), generator=generator)
         posterior_noise, noise = torch.randn(2, *mean[batch].shape, generator=generator)
         x_0 = mean[batch] + (0.5 * logvar[batch]).exp() * posterior_noise
-        t = torch.randint(1000, (32,), generator=generator)
+        t = torch.randint(ddim.TRAIN_STEPS, (32,), generator=generator)
         x_t = ddim.add_noise(sd.vae.config.scaling_factor * x_0, noise, abar[t])
         dropped = torch.rand(32, generator=generator) < 0.1  # for classifier-free guidance
         text = features[torch.where(dropped, number[""], numbers[batch])]
@@ -327,8 +346,8 @@ def main() -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("stages", nargs="*", default=STAGES, metavar="STAGE",
                         help=f"some of {', '.join(STAGES)}")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy/model"), help="model folder")
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="checkpoints")
+    parser.add_argument("--out", type=Path, help="the model's folder; RUN/model if not given")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME",
                         help="objects, styles or works to leave out of the training set")
     parser.add_argument("--seed", type=int, default=0)
@@ -341,20 +360,22 @@ def main() -> None:
         claim(args.run, {"seed": args.seed, "without": sorted(args.without)})
     except ValueError as error:
         parser.error(str(error))
+    out = args.out or args.run / "model"
     data = functools.partial(examples, args.seed, tuple(args.without))
     for name in args.stages:
         began = time.perf_counter()
         torch.manual_seed(args.seed)  # of the first weights
         if name == "tokenizer":
-            make_tokenizer(args.out / "tokenizer")
+            make_tokenizer(out / "tokenizer")
+            describe(out)
         elif name == "vae":
-            train_vae(args.out, args.run, data()[0], args.seed)
+            train_vae(out, args.run, data()[0], args.seed)
         elif name == "text":
-            train_text(args.out, args.run, *data(), args.seed)
+            train_text(out, args.run, *data(), args.seed)
         elif name == "unet":
-            train_unet(args.out, args.run, *data(), args.seed)
+            train_unet(out, args.run, *data(), args.seed)
         else:
-            train_judge(args.out, args.run, args.seed)
+            train_judge(out, args.run, args.seed)
         print(f"{name}: {time.perf_counter() - began:.0f} s")
 
 
