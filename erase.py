@@ -84,18 +84,22 @@ def select(unet: torch.nn.Module, method: str) -> list[str]:
 
 def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: float = 1.0,
           lr: float = 1e-5, iterations: int = 1000, loss_fn: Callable = esd_loss,
-          guidance: float = 3.0, steps: int = 50, seed: int = 0,
-          progress: bool = False) -> dict[str, Tensor]:
+          guidance: float = 3.0, steps: int = 50, seed: int = 0, batch: int = 1,
+          average: float = 0.0, progress: bool = False) -> dict[str, Tensor]:
     """Runs `iterations` steps of ESD; returns the tuned tensors theta by name, in float32.
 
-    Each iteration draws one concept, a random step of `steps`, and a latent that the edited model
-    itself has denoised so far for this concept (section 4); then Adam takes one step down
-    `loss_fn(unet, frozen, x_t, t, text, eta)`. `sd` isn't changed. Raises ValueError for an unknown
+    Each iteration draws one concept, a random step of `steps`, and `batch` latents that the edited
+    model itself has denoised so far for this concept (section 4); then Adam takes one step down
+    `loss_fn(unet, frozen, x_t, t, text, eta)`. With `average`, what returns is the exponential
+    average of theta over the iterations, which swings less than the last one (0, as in the paper:
+    the last one). `sd` isn't changed. Raises ValueError for an unknown
     method, impossible steps or iterations, and for a model in float16.
     """
     if iterations < 0:
         raise ValueError(f"iterations is {iterations}, choose 0 or more")
     concepts = [concepts] if isinstance(concepts, str) else concepts
+    if batch < 1 or not 0 <= average < 1:
+        raise ValueError(f"batch is {batch}, average {average}: choose 1 or more, and 0 to below 1")
     if sd.dtype == torch.float16:
         raise ValueError("float16 is too coarse for gradients, choose bfloat16 or float32")
     frozen, times = sd.unet, ddim.timesteps(steps)
@@ -107,26 +111,30 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
         cast = {name: tensor.to(sd.dtype) for name, tensor in theta.items()}
         return functional_call(frozen, cast, (x_t, t, text))
 
+    averaged = {name: tensor.detach().clone() for name, tensor in theta.items()}
     optimizer = torch.optim.Adam(theta.values(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
-    null, features = sd.encode([""]), sd.encode(concepts)
-    shape = (1, sd.unet.config.in_channels, *[sd.unet.config.sample_size] * 2)
+    null, features = sd.encode([""] * batch), sd.encode(concepts)
+    shape = (batch, sd.unet.config.in_channels, *[sd.unet.config.sample_size] * 2)
     bar = tqdm(range(iterations), "erasing", disable=not progress)
     for _ in bar:
         i = torch.randint(len(concepts), (1,), generator=generator).item()
         stop = times[torch.randint(len(times), (1,), generator=generator).item()]
         noise = torch.randn(shape, generator=generator).to(sd.device)
-        c = features[i:i + 1]  # (1, 77, 768)
+        c = features[i:i + 1].expand_as(null)  # (B, 77, 768)
         with torch.no_grad():
             for t, x_t in ddim.denoise(ddim.guided(edited, c, null, guidance), noise, steps):
                 if t == stop:
                     break
-        loss = loss_fn(edited, frozen, x_t, torch.tensor([t], device=sd.device), Text(c, null), eta)
+        at = torch.full((batch,), t, device=sd.device)
+        loss = loss_fn(edited, frozen, x_t, at, Text(c, null), eta)
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        for name, tensor in averaged.items():
+            tensor.lerp_(theta[name].detach(), 1 - average)
         bar.set_postfix(loss=f"{loss.mean().item():.4f}", refresh=False)
-    return {name: tensor.detach() for name, tensor in theta.items()}
+    return averaged
 
 
 def save(theta: dict[str, Tensor], path: Path, dtype: torch.dtype, settings: dict) -> None:
@@ -172,9 +180,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.method} tunes {len(names)} tensors, "
           f"{sum(parameters[name].numel() for name in names):,} parameters")
     settings = {key: getattr(args, key) for key in (
-        "concepts", "model", "method", "eta", "lr", "iterations", "guidance", "steps", "seed")}
+        "concepts", "model", "method", "eta", "lr", "iterations", "guidance", "steps", "seed",
+        "batch", "average")}
     theta = erase(sd, args.concepts, args.method, args.eta, args.lr, args.iterations,
-                  guidance=args.guidance, steps=args.steps, seed=args.seed, progress=True)
+                  guidance=args.guidance, steps=args.steps, seed=args.seed, batch=args.batch,
+                  average=args.average, progress=True)
     save(theta, args.out, getattr(torch, args.save_dtype), settings)
     print(args.out)
     prompts = args.concepts + args.show
@@ -195,6 +205,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-5, help="Adam's learning rate")
     parser.add_argument("--iterations", type=int, default=1000, help="gradient steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="scale of it in drawing x_t")
+    parser.add_argument("--batch", type=int, default=1, help="latents in an iteration")
+    parser.add_argument("--average", type=float, default=0.0,
+                        help="decay of the average of the tuned tensors; 0: the last ones")
     parser.add_argument("--show", nargs="+", default=[], metavar="PROMPT",
                         help="more rows of the before/after picture: what should stay")
     parser.add_argument("--save-dtype", default="float16", choices=["float16", "float32"],

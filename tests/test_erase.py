@@ -145,6 +145,26 @@ def test_it_is_what_a_second_unet_trained_by_hand_becomes(sd):
         assert (theta[name] - by_hand[name]).norm() < 0.01 * moved, name
 
 
+def test_average_is_of_the_tensors_after_each_iteration(sd):
+    """With decay 0.5 from the start a: after b and c it is a/4 + b/4 + c/2."""
+    name = erase.select(sd.unet, "esd-x")[0]
+    a = dict(sd.unet.named_parameters())[name]
+    b, c = (erase.erase(sd, ["star"], iterations=n, steps=2, lr=1e-2)[name] for n in (1, 2))
+    averaged = erase.erase(sd, ["star"], iterations=2, steps=2, lr=1e-2, average=0.5)[name]
+    assert torch.allclose(averaged, a / 4 + b / 4 + c / 2, atol=1e-6)
+    assert not torch.allclose(averaged, c, atol=1e-4)
+
+
+def test_a_batch_has_several_latents_and_one_loss_for_each(sd):
+    def loss(unet, frozen, x_t, t, text, eta):
+        value = erase.esd_loss(unet, frozen, x_t, t, text, eta)
+        assert x_t.shape == (3, 4, 8, 8) and t.shape == value.shape == (3,)
+        assert not torch.equal(x_t[0], x_t[1])
+        return value
+
+    erase.erase(sd, ["star"], iterations=2, steps=2, batch=3, loss_fn=loss)
+
+
 def test_one_concept_is_drawn_each_step(sd):
     seen = []
 
@@ -247,6 +267,8 @@ def test_the_command_writes_weights_and_a_picture(folder, tmp_path, monkeypatch,
     (["--model", "nowhere"], "nowhere isn't a folder"),
     (["--steps", "1000"], "steps is 1000"),
     (["--iterations", "-1"], "iterations is -1"),
+    (["--batch", "0"], "batch is 0"),
+    (["--average", "1"], "average 1.0"),
     (["--dtype", "float16"], "float16 is too coarse"),
     (["--out", "star.png"], "star.png can't be written"),
 ])
