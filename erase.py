@@ -194,6 +194,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """The command line of erasing."""
     parser = argparse.ArgumentParser(
         description="Erases concepts from the U-Net of Stable Diffusion (ESD).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)

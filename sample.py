@@ -308,6 +308,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
+    """The command line of sampling."""
     parser = argparse.ArgumentParser(
         description="Pictures from prompts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)

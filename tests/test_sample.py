@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +120,13 @@ def test_a_picture_is_what_two_separate_predictions_give(sd):
     expected = ((image / 2 + 0.5).clamp(0, 1) * 255).round().int()[0].permute(1, 2, 0).flatten()
     made = sample.generate(sd, ["a star"], seed=3, steps=3, guidance=4, negative="a heart")
     assert (pixels(made)[0] - expected).abs().max() <= 1
+
+
+def test_pixels_are_rounded_not_cut(sd):
+    grey = SimpleNamespace(config=sd.vae.config,
+                           decode=lambda z: torch.full((1, 3, 8, 8), 2 * 100.6 / 255 - 1))
+    image, = replace(sd, vae=grey).decode(torch.zeros(1, 4, 1, 1))
+    assert image.getpixel((0, 0)) == (101, 101, 101)
 
 
 def test_noise_is_drawn_as_diffusers_draws_it(sd):
