@@ -10,11 +10,14 @@ published checkpoints without their prefix `text_model.`.
 Shapes: B batch, N tokens (77), D width (768), h heads (12).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+SHARED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # of every text encoder of SD v1
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,16 @@ class TextConfig:
 
         Raises ValueError where it describes another architecture than Stable Diffusion v1's.
         """
-        for key, value in {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}.items():
+        for key, value in SHARED.items():
             if config.get(key, value) != value:
                 raise ValueError(f"text_encoder/config.json has {key} = {config[key]!r}, Stable "
                                  f"Diffusion v1 has {value!r}: another model, use SD v1 weights")
         return cls(**{name: config[name] for name in cls.__dataclass_fields__})
+
+    def to_json(self) -> dict:
+        """What `text_encoder/config.json` says of this text encoder; `from_json` reads it back."""
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **SHARED,
+                **asdict(self)}
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -134,7 +142,7 @@ class TextEncoder(nn.Module):
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 
-def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename(weights: dict[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
     """Published tensors under this file's names.
 
     Files have `text_model.` before every name and the constant position_ids, or (since

@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
     picture = args.out.with_suffix(".png")
     sample.check_out(args.out, ".safetensors")
     sample.check_out(picture, ".png")
-    sd = sample.load(args.model, args.device, args.dtype)
+    sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.revision)
     names = select(sd.unet, args.method)
     parameters = dict(sd.unet.named_parameters())
     print(f"{args.method} tunes {len(names)} tensors, "

@@ -1,8 +1,8 @@
-"""Pictures from prompts: loads Stable Diffusion v1 from a folder and samples it with DDIM.
+"""Pictures from prompts: loads Stable Diffusion v1 in any published form and samples it with DDIM.
 
     python sample.py "a red star" --model notebooks/toy --num 4 --out star.png
 
-    sd = sample.load("notebooks/toy")
+    sd = sample.load("notebooks/toy")             # or sd-v1-4.ckpt, or a name on the Hugging Face hub
     images = sample.generate(sd, ["a red star", "a moon"], num=4, seed=0)
 
 Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. A prompt's way to a picture: tokens,
@@ -14,37 +14,69 @@ import argparse
 import json
 import math
 import os
+import pickle
+import re
+import shutil
 import sys
 import warnings
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, NamedTuple
 
 import torch
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 import clip_text
 import ddim
+import unet
 import vae
-from clip_text import TextConfig, TextEncoder
-from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"  # the paper's
+CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer Stable Diffusion v1 has
+
+
+class Part(NamedTuple):
+    """One of the three models of a checkpoint, and where its tensors are."""
+
+    model: type
+    config: type
+    rename: Callable  # published names -> ours
+    compvis: str  # prefix of its names in a single file of CompVis
+    files: tuple[str, ...]  # in a folder, the first that is there
+
+
+DIFFUSERS = [f"diffusion_pytorch_model{end}"
+             for end in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")]
+TRANSFORMERS = ["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin",
+                "pytorch_model.fp16.bin"]
+PARTS = {
+    "unet": Part(unet.UNet, unet.UNetConfig, unet.rename, "model.diffusion_model.", DIFFUSERS),
+    "vae": Part(vae.VAE, vae.VAEConfig, vae.rename, "first_stage_model.", DIFFUSERS),
+    "text_encoder": Part(clip_text.TextEncoder, clip_text.TextConfig, clip_text.rename,
+                         "cond_stage_model.transformer.", TRANSFORMERS),
+}
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+             "special_tokens_map.json")
+OTHER_MODELS = {  # in a single file, names that begin so are of another model
+    "conditioner.": "SDXL", "cond_stage_model.model.": "Stable Diffusion 2",
+    "v_pred": "a v-prediction model", "control_model.": "a ControlNet", "lora_": "a LoRA",
+}
 
 
 @dataclass(frozen=True)
 class StableDiffusion:
     """The four parts of a checkpoint."""
 
-    unet: UNet
-    vae: VAE
-    text_encoder: TextEncoder
+    unet: unet.UNet
+    vae: vae.VAE
+    text_encoder: clip_text.TextEncoder
     tokenizer: CLIPTokenizer
 
     @property
@@ -84,36 +116,218 @@ def check_tensors(found: dict, expected: dict, file: Path, partial: bool = False
         wrong += [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
               for name in found if name in expected and found[name].shape != expected[name].shape]
-    if wrong or not found:
+    if not found:
+        raise ValueError(f"{file} holds no tensors")
+    if wrong:
         raise ValueError(f"{file} doesn't fit this model, {len(wrong)} tensors differ: "
-                         f"{'; '.join(wrong[:3]) or 'the file is empty'}")
+                         f"{'; '.join(wrong[:3])}")
+
+
+class Inert:
+    """Stands for every class in a pickle that isn't of a tensor: takes anything, does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What the published pickles name beyond what torch lets pass; no code of these is ever run.
+INERT = [(Inert, name) for name in (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar", "numpy.dtype")]
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .ckpt, .bin or .pt file, or of the `state_dict` in it; mapped.
+
+    torch's restricted unpickler refuses whatever could run. One level of nesting (module, then
+    weight and bias) is joined with dots. Raises ValueError for a pickle with anything unknown.
+    """
+    mapped = zipfile.is_zipfile(file) and file.suffix != ".safetensors"  # torch goes by that name
+    try:
+        with torch.serialization.safe_globals(INERT), open(file, "rb") as opened:
+            found = torch.load(file if mapped else opened, "cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (f"it asks for {asked[1]}, as no published file does" if asked
+                  else "it is damaged or no file of tensors")
+        raise ValueError(f"{file} was refused and nothing in it was run: {reason}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}, not tensors by name")
+    found = found.get("state_dict", found)
+    tensors = {}
+    for name, value in found.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        tensors |= {f"{name}.{key}".rstrip("."): tensor for key, tensor in inner
+                    if isinstance(tensor, Tensor)}
+    return tensors
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped and not read until they are used."""
+    """The tensors of a file, mapped and not read until they are used.
+
+    Whether it is a safetensors file or a pickle is told by its content. Raises ValueError where
+    it is neither, damaged, or holds more than tensors.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} isn't there, or isn't a file")
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} can't be read as safetensors: {error}") from error
+        with open(file, "rb") as opened:
+            is_safetensors = opened.read(9)[8:] == b"{"  # after the length of its JSON header
+        return load_file(file) if is_safetensors else read_pickle(file)
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} is damaged, incomplete or no file of tensors, download it again: "
+                         f"{reason}") from error
 
 
-def load_part(folder: Path, file: str, config_class: type, model_class: type,
-              rename: Callable = lambda weights: weights) -> nn.Module:
-    """One model of a folder: built on the meta device, then given the file's own tensors."""
-    for path in (folder / "config.json", folder / file):
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: --model takes a folder in diffusers' layout "
-                             "with unet/, vae/, text_encoder/ and tokenizer/")
+def read_json(file: Path) -> dict:
+    """Raises ValueError where there is no JSON object in it."""
     try:
-        config = config_class.from_json(json.loads((folder / "config.json").read_text()))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}/config.json isn't one of Stable Diffusion v1: "
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} isn't JSON, download it again: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no settings, download it again")
+    return content
+
+
+class Found(NamedTuple):
+    """What was found of a part: its settings, its tensors, and the file for messages."""
+
+    config: Any
+    tensors: dict[str, Tensor]
+    file: Path
+
+
+def read_part(folder: Path, name: str) -> Found:
+    """One part of a folder in diffusers' layout. Raises ValueError where it isn't there."""
+    part, where = PARTS[name], folder / name
+    files = [where / file for file in part.files if (where / file).is_file()]
+    if not files or not (where / "config.json").is_file():
+        missing = f"{name}/{part.files[0] if not files else 'config.json'}"
+        raise ValueError(f"{folder}/{missing} is missing: --model takes a folder in diffusers' "
+                         "layout, a .ckpt or .safetensors file, or a name on the hub")
+    try:
+        config = part.config.from_json(read_json(where / "config.json"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where}/config.json isn't one of Stable Diffusion v1: "
                          f"{type(error).__name__} {error}") from error
-    weights = rename(read_tensors(folder / file))
-    with torch.device("meta"):  # no memory, no random weights
-        model = model_class(config)
-    check_tensors(weights, model.state_dict(), folder / file)
-    model.load_state_dict(weights, assign=True)
+    return Found(config, part.rename(read_tensors(files[0]), config), files[0])
+
+
+def read_folder(folder: Path) -> dict[str, Found]:
+    """The three parts of a folder. Raises ValueError for a v-prediction model."""
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        kind = read_json(scheduler).get("prediction_type", "epsilon")
+        if kind != "epsilon":
+            raise ValueError(f"{scheduler} has prediction_type = {kind!r}, Stable Diffusion v1 "
+                             "predicts epsilon: this is another model, use SD v1 weights")
+    return {name: read_part(folder, name) for name in PARTS}
+
+
+def read_single(file: Path) -> dict[str, Found]:
+    """The three parts of a file of CompVis. Where it has the EMA of the U-Net, that is taken.
+
+    Raises ValueError for another model and for tensors that belong to no part.
+    """
+    tensors = read_tensors(file)
+    for name in tensors:
+        for start, model in OTHER_MODELS.items():
+            if name.startswith(start):
+                raise ValueError(f"{file} holds {name}: this is {model}, use SD v1 weights")
+    ema = {name: tensor for name, tensor in tensors.items() if name.startswith("model_ema.")}
+    prefixes = tuple(part.compvis for part in PARTS.values())
+    rest = [name for name in tensors  # without a dot: the noise schedule
+            if "." in name and name not in ema and not name.startswith(prefixes)]
+    for name, part in PARTS.items():
+        if not any(tensor.startswith(part.compvis) for tensor in tensors):
+            rest.append(f"no {part.compvis}*")
+    if rest:
+        raise ValueError(f"{file} isn't a whole checkpoint of Stable Diffusion v1, {len(rest)} "
+                         f"tensors differ: {'; '.join(rest[:3])}")
+    parts = {}
+    for name, part in PARTS.items():
+        own = {k.removeprefix(part.compvis): v for k, v in tensors.items()
+               if k.startswith(part.compvis)}
+        if name == "unet" and ema:  # "model_ema." and the name without "model." and without dots
+            print(f"{file}: taking the EMA of the U-Net's weights", file=sys.stderr)
+            own = {k: ema["model_ema.diffusion_model" + k.replace(".", "")] for k in own}
+        config = part.config()
+        parts[name] = Found(config, part.rename(own, config), file)
+    return parts
+
+
+def needed(files: list[str]) -> list[str]:
+    """Which files of a repository in diffusers' layout have to be downloaded: one set of weights.
+
+    Raises ValueError where a part has none.
+    """
+    chosen = ["scheduler/scheduler_config.json", *(f"tokenizer/{name}" for name in TOKENIZER)]
+    for name, part in PARTS.items():
+        weights = [file for file in (f"{name}/{file}" for file in part.files) if file in files]
+        if not weights:
+            raise ValueError(f"it has no {name}/{part.files[0]}; if it holds a .ckpt or "
+                             ".safetensors file, download that and give it to --model")
+        chosen += [f"{name}/config.json", weights[0]]
+    return chosen
+
+
+def download(name: str, revision: str | None, choose: Callable = needed) -> Path:
+    """The folder of a repository on the hub, in the hub's own cache; only the needed files.
+
+    Without a connection, or with HF_HUB_OFFLINE=1, what was downloaded before. Raises ValueError
+    where there is no such thing, or where the download breaks off.
+    """
+    def brief(error: Exception) -> str:
+        return " ".join(str(error).split())[:200]
+
+    try:
+        files = choose(list_repo_files(name, revision=revision))
+    except ValueError as error:
+        raise ValueError(f"{name} is no file or folder here and no model on the hub that can be "
+                         f"used: {brief(error)}") from error
+    except (OSError, HTTPError) as error:
+        try:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True,
+                                          allow_patterns="*config.json"))
+        except (OSError, HTTPError):
+            raise ValueError(f"{name} is no file or folder here and can't be had from the hub: "
+                             f"{brief(error)}") from error
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except (OSError, HTTPError) as error:
+        raise ValueError(f"the download of {name} broke off, the same command again goes on from "
+                         f"there: {brief(error)}") from error
+
+
+def load_tokenizer(beside: Path, given: str | Path | None, single: bool) -> CLIPTokenizer:
+    """CLIP's tokenizer: the given one, else tokenizer/ beside the weights, else (of a single file,
+    which has none) the hub's. Raises ValueError where there is none.
+    """
+    folder = Path(given or beside / "tokenizer")
+    if not folder.is_dir() and (given or single):
+        names = [*TOKENIZER, *(f"tokenizer/{name}" for name in TOKENIZER)]
+        folder = download(str(given or CLIP), None, lambda files: names)
+    if (folder / "tokenizer").is_dir():
+        folder = folder / "tokenizer"
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise ValueError(f"{folder}/vocab.json is missing: --tokenizer takes the folder tokenizer/ "
+                         f"of any Stable Diffusion v1, or a name on the hub such as {CLIP}")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build(name: str, found: Found) -> nn.Module:
+    """A model on the meta device (no memory, no random weights), then given the file's tensors."""
+    with torch.device("meta"):
+        model = PARTS[name].model(found.config)
+    check_tensors(found.tensors, model.state_dict(), found.file)
+    model.load_state_dict(found.tensors, assign=True)
     return model.requires_grad_(False)
 
 
@@ -132,31 +346,80 @@ def choose_device(device: str) -> torch.device:
         raise ValueError(f"device {device!r} can't be used here: {reason}") from error
 
 
-def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> StableDiffusion:
-    """Stable Diffusion v1 from a folder in diffusers' layout.
+def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto",
+         tokenizer: str | Path | None = None, revision: str | None = None) -> StableDiffusion:
+    """Stable Diffusion v1 from a folder in diffusers' layout, a file of CompVis, or the hub.
 
     dtype is float32, float16 or bfloat16; auto is float32 on the CPU, bfloat16 elsewhere, whose
-    range lets erase.py do without loss scaling.
-    Raises ValueError for a folder that holds something else.
+    range lets erase.py do without loss scaling. tokenizer is a folder or a name on the hub, None:
+    the checkpoint's own. revision is the hub's branch, tag or commit.
+    Raises ValueError for what is another model, incomplete or damaged.
     """
-    folder, device = Path(model), choose_device(device)
+    device, path = choose_device(device), Path(model)
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    if not folder.is_dir():
-        raise ValueError(f"{model} isn't a folder: --model takes a folder in diffusers' layout")
-    vocabularies = folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "tokenizer.json"
-    if not any(file.is_file() for file in vocabularies):
-        raise ValueError(f"{folder}/tokenizer/vocab.json is missing: copy the folder tokenizer/ "
-                         f"of {DEFAULT_MODEL} there")
-    file = "diffusion_pytorch_model.safetensors"
-    parts = [
-        load_part(folder / "unet", file, UNetConfig, UNet),
-        load_part(folder / "vae", file, VAEConfig, VAE, vae.rename),
-        load_part(folder / "text_encoder", "model.safetensors", TextConfig, TextEncoder,
-                  clip_text.rename),
-    ]
-    parts = [part.to(device, getattr(torch, dtype)) for part in parts]
-    return StableDiffusion(*parts, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    single = path.is_file()
+    if not path.exists():
+        path = download(str(model), revision)
+    found = read_single(path) if single else read_folder(path)
+    words = load_tokenizer(path.parent if single else path, tokenizer, single)
+    configs = {name: part.config for name, part in found.items()}
+    for what, a, b in (
+            ("the tokenizer and the text encoder count tokens", len(words),
+             configs["text_encoder"].vocab_size),
+            ("the text encoder and the U-Net have text features of width",
+             configs["text_encoder"].hidden_size, configs["unet"].cross_attention_dim),
+            ("the VAE and the U-Net have latent channels",
+             configs["vae"].latent_channels, configs["unet"].in_channels)):
+        if a != b:
+            raise ValueError(f"{model}: {what}, {a} and {b}: they are of different models")
+    parts = [build(name, part).to(device, getattr(torch, dtype)) for name, part in found.items()]
+    return StableDiffusion(*parts, words)
+
+
+def write_part(folder: Path, name: str, model: nn.Module) -> None:
+    """One part of a folder: config.json and weights, as diffusers and transformers read them."""
+    where, file = folder / name, PARTS[name].files[0]
+    where.mkdir(parents=True, exist_ok=True)
+    (where / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, where / f"{file}.part", metadata={"format": "pt"})
+    os.replace(where / f"{file}.part", where / file)
+
+
+def write_index(folder: Path) -> None:
+    """model_index.json and scheduler/, which diffusers needs to open the folder."""
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
+             "feature_extractor": [None, None], "safety_checker": [None, None],
+             "image_encoder": [None, None], "requires_safety_checker": False,
+             "scheduler": ["diffusers", "DDIMScheduler"],
+             "text_encoder": ["transformers", "CLIPTextModel"],
+             "tokenizer": ["transformers", "CLIPTokenizer"],
+             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    schedule = {"_class_name": "DDIMScheduler", "num_train_timesteps": ddim.TRAIN_STEPS,
+                "beta_start": ddim.BETA_START, "beta_end": ddim.BETA_END,
+                "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
+                "steps_offset": 1}
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2)
+                                                                + "\n")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save(sd: StableDiffusion, folder: str | Path) -> None:
+    """Writes a folder in diffusers' layout, whole or not at all; `load` and diffusers open it.
+
+    Raises ValueError where there is something already.
+    """
+    if Path(folder).exists():
+        raise ValueError(f"{folder} is there already: choose another folder")
+    part_way = Path(f"{folder}.part")
+    shutil.rmtree(part_way, ignore_errors=True)
+    for name in PARTS:
+        write_part(part_way, name, getattr(sd, name))
+    sd.tokenizer.save_pretrained(part_way / "tokenizer")
+    write_index(part_way)
+    os.replace(part_way, folder)
 
 
 def with_tuned(sd: StableDiffusion, tuned: dict[str, Tensor]) -> StableDiffusion:
@@ -164,17 +427,24 @@ def with_tuned(sd: StableDiffusion, tuned: dict[str, Tensor]) -> StableDiffusion
     weights = sd.unet.state_dict()
     weights |= {name: tensor.to(weights[name]) for name, tensor in tuned.items()}
     with torch.device("meta"):
-        unet = UNet(sd.unet.config)
-    unet.load_state_dict(weights, assign=True)
-    return replace(sd, unet=unet.requires_grad_(False))
+        tuned_unet = unet.UNet(sd.unet.config)
+    tuned_unet.load_state_dict(weights, assign=True)
+    return replace(sd, unet=tuned_unet.requires_grad_(False))
 
 
 def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
-    """The model with the erased weights of a file that erase.py wrote; `sd` stays as it is.
+    """The model with the erased weights of a file; `sd` stays as it is.
 
-    Raises ValueError where the file has a name or a shape that the U-Net doesn't have.
+    Any published form: a whole or partial U-Net, tensors or modules of tensors, in diffusers'
+    names (with or without `unet.`) or CompVis's. Raises ValueError where the file has a name or a
+    shape that the U-Net doesn't have, or nothing.
     """
-    tuned = read_tensors(Path(path))
+    tensors, compvis = read_tensors(Path(path)), PARTS["unet"].compvis
+    if any(name.startswith(compvis) for name in tensors):  # then the other parts are there too
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(compvis)}
+    bare = {name.removeprefix(compvis).removeprefix("unet."): tensor
+            for name, tensor in tensors.items()}
+    tuned = unet.rename(bare, sd.unet.config)
     check_tensors(tuned, sd.unet.state_dict(), Path(path), partial=True)
     return with_tuned(sd, tuned)
 
@@ -270,7 +540,7 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.out, ".png")
     if args.singles:
         args.singles.mkdir(parents=True, exist_ok=True)
-    sd = load(args.model, args.device, args.dtype)
+    sd = load(args.model, args.device, args.dtype, args.tokenizer, args.revision)
     if args.erased:
         sd = load_erased(sd, args.erased)
     settings = {key: getattr(args, key) for key in (
@@ -298,7 +568,12 @@ def fail_in_one_line(run: Callable, args: argparse.Namespace) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that sample.py and erase.py have in common."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="a folder in diffusers' layout")
+    parser.add_argument("--model", default=DEFAULT_MODEL,
+                        help="a folder in diffusers' layout, a .ckpt or .safetensors file of "
+                             "CompVis, or a name on the Hugging Face hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--tokenizer", help="a folder or a name on the hub; if not given, the "
+                                            f"model's, or {CLIP}")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ...")

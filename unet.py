@@ -11,11 +11,20 @@ D width of a token, h heads. emb is the time embedding, (B, 4 * C of the first l
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+SHARED = {  # what every U-Net of Stable Diffusion v1 has, as `unet/config.json` words it
+    "addition_embed_type": None, "use_linear_projection": False, "class_embed_type": None,
+    "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
+    "downsample_padding": 1, "mid_block_scale_factor": 1, "center_input_sample": False,
+}
+RELATIVES = {"addition_embed_type": "SDXL", "use_linear_projection": "Stable Diffusion 2"}
 
 
 @dataclass(frozen=True)
@@ -38,33 +47,35 @@ class UNetConfig:
 
         Raises ValueError where it describes another architecture than Stable Diffusion v1's.
         """
-        shared = {
-            "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
-            "downsample_padding": 1, "mid_block_scale_factor": 1, "center_input_sample": False,
-            "use_linear_projection": False, "class_embed_type": None, "addition_embed_type": None,
-        }
-        for key, value in shared.items():
+        for key, value in SHARED.items():
             if config.get(key, value) != value:
                 raise ValueError(f"unet/config.json has {key} = {config[key]!r}, Stable Diffusion "
-                                 f"v1 has {value!r}: this is another model, use SD v1 weights")
+                                 f"v1 has {value!r}: this is {RELATIVES.get(key, 'another model')}"
+                                 ", use SD v1 weights")
         heads = config.get("attention_head_dim", 8)  # published under this name; it counts heads
         if not isinstance(heads, int):
             raise ValueError(f"unet/config.json has attention_head_dim = {heads!r}, one number "
-                             "for each level: that is Stable Diffusion 2, use SD v1 weights")
+                             "for each level: this is Stable Diffusion 2, use SD v1 weights")
         if config["in_channels"] != config["out_channels"]:
-            raise ValueError(f"unet/config.json has in_channels = {config['in_channels']}: that is "
+            raise ValueError(f"unet/config.json has in_channels = {config['in_channels']}: this is "
                              "an inpainting or another relative, use SD v1 weights")
+        same = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim",
+                "norm_num_groups", "sample_size")
         return cls(
-            in_channels=config["in_channels"],
-            out_channels=config["out_channels"],
             block_out_channels=tuple(config["block_out_channels"]),
             attention=tuple(name == "CrossAttnDownBlock2D" for name in config["down_block_types"]),
-            layers_per_block=config["layers_per_block"],
-            cross_attention_dim=config["cross_attention_dim"],
             heads=heads,
-            norm_num_groups=config["norm_num_groups"],
-            sample_size=config["sample_size"],
+            **{name: config[name] for name in same},
         )
+
+    def to_json(self) -> dict:
+        """What `unet/config.json` says of this U-Net; `from_json` reads it back."""
+        config = {"_class_name": "UNet2DConditionModel", **SHARED, **asdict(self)}
+        kinds = ["CrossAttn" if attention else "" for attention in config.pop("attention")]
+        config["down_block_types"] = [f"{kind}DownBlock2D" for kind in kinds]
+        config["up_block_types"] = [f"{kind}UpBlock2D" for kind in reversed(kinds)]
+        config["attention_head_dim"] = config.pop("heads")
+        return config
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -325,3 +336,47 @@ class UNet(nn.Module):
             x = block(x, emb, text, skips[-n:])
             skips = skips[:-n]
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)
+
+
+# CompVis's names -> these. N counts blocks through all levels: it is block P of level L.
+COMPVIS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "input_blocks.N.0.op": "down_blocks.L.downsamplers.0.conv",
+    "input_blocks.N.0": "down_blocks.L.resnets.P",
+    "input_blocks.N.1": "down_blocks.L.attentions.P",
+    "middle_block.0": "mid_block.resnets.0",
+    "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
+    "output_blocks.N.0": "up_blocks.L.resnets.P",
+    "output_blocks.N.1.conv": "up_blocks.L.upsamplers.0.conv",  # of a level without attention
+    "output_blocks.N.2.conv": "up_blocks.L.upsamplers.0.conv",
+    "output_blocks.N.1": "up_blocks.L.attentions.P",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+COMPVIS_RESNET = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}
+
+
+def rename(weights: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+    """Published tensors under this file's names, be they CompVis's or diffusers'."""
+    per_level = config.layers_per_block + 1  # input_blocks end a level with the downsampler
+
+    def ours(name: str) -> str:
+        for theirs, new in COMPVIS.items():
+            found = re.match(re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)", name)
+            if found:
+                n = int(found[1]) if "N" in theirs else 0
+                n -= theirs.startswith("input_blocks")  # number 0 is conv_in
+                new = new.replace("L", str(n // per_level)).replace("P", str(n % per_level))
+                name = new + name[found.end():]
+                break
+        for theirs, new in COMPVIS_RESNET.items():
+            name = name.replace(f".{theirs}.", f".{new}.")
+        return name
+
+    return {ours(name): tensor for name, tensor in weights.items()}

@@ -12,7 +12,7 @@ Shapes: B batch, C channels, H W feature map.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,15 +39,15 @@ class VAEConfig:
         if config.get("act_fn", "silu") != "silu":
             raise ValueError(f"vae/config.json has act_fn = {config['act_fn']!r}, Stable Diffusion "
                              "v1 has 'silu': this is another model, use SD v1 weights")
-        return cls(
-            in_channels=config["in_channels"],
-            out_channels=config["out_channels"],
-            latent_channels=config["latent_channels"],
-            block_out_channels=tuple(config["block_out_channels"]),
-            layers_per_block=config["layers_per_block"],
-            norm_num_groups=config.get("norm_num_groups", cls.norm_num_groups),
-            scaling_factor=config.get("scaling_factor", cls.scaling_factor),
-        )
+        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        return cls(**known | {"block_out_channels": tuple(config["block_out_channels"])})
+
+    def to_json(self) -> dict:
+        """What `vae/config.json` says of this autoencoder; `from_json` reads it back."""
+        levels = len(self.block_out_channels)
+        return {"_class_name": "AutoencoderKL", "act_fn": "silu", **asdict(self),
+                "down_block_types": ["DownEncoderBlock2D"] * levels,
+                "up_block_types": ["UpDecoderBlock2D"] * levels}
 
     @property
     def factor(self) -> int:
@@ -223,8 +223,48 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
-def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published tensors under this file's names: until 2022 the attention's layers had others."""
-    new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    old = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.)")
-    return {old.sub(lambda match: new[match[0]], name): t for name, t in weights.items()}
+# Published names -> these, in order; N is a number, M the same level counted from the other end.
+PUBLISHED = {
+    # CompVis
+    "mid.block_1": "mid_block.resnets.0",
+    "mid.attn_1": "mid_block.attentions.0",
+    "mid.block_2": "mid_block.resnets.1",
+    "down.N.block": "down_blocks.N.resnets",
+    "down.N.downsample": "down_blocks.N.downsamplers.0",
+    "up.N.block": "up_blocks.M.resnets",
+    "up.N.upsample": "up_blocks.M.upsamplers.0",
+    "nin_shortcut": "conv_shortcut",
+    "norm_out": "conv_norm_out",
+    "attentions.0.norm": "attentions.0.group_norm",
+    "attentions.0.q": "attentions.0.to_q",
+    "attentions.0.k": "attentions.0.to_k",
+    "attentions.0.v": "attentions.0.to_v",
+    "attentions.0.proj_out": "attentions.0.to_out.0",
+    # diffusers until 2022
+    "attentions.0.query": "attentions.0.to_q",
+    "attentions.0.key": "attentions.0.to_k",
+    "attentions.0.value": "attentions.0.to_v",
+    "attentions.0.proj_attn": "attentions.0.to_out.0",
+}
+
+
+def rename(weights: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
+    """Published tensors under this file's names, be they CompVis's or diffusers', old or new.
+
+    In CompVis's attention the linear layers are 1x1 convolutions, (C, C, 1, 1).
+    """
+    coarsest = len(config.block_out_channels) - 1
+
+    def ours(name: str) -> str:
+        for theirs, new in PUBLISHED.items():
+            pattern = r"(?<![^.])" + re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)"
+            found = re.search(pattern, name)
+            if found:
+                n = int(found[1]) if "N" in theirs else 0
+                new = new.replace("N", str(n)).replace("M", str(coarsest - n))
+                name = name[:found.start()] + new + name[found.end():]
+        return name
+
+    renamed = {ours(name): tensor for name, tensor in weights.items()}
+    return {name: tensor.flatten(1) if ".attentions.0.to_" in name and tensor.ndim == 4 else tensor
+            for name, tensor in renamed.items()}

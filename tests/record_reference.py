@@ -10,6 +10,8 @@ import json
 
 import diffusers
 import torch
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint)
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -43,6 +45,20 @@ def record_layers():
     write("settings.json", {part: small.settings(model) for part, model in models.items()})
 
 
+def record_compvis_names():
+    """CompVis's name -> diffusers' name, of all tensors; the keys of the file are sd-v1-4.ckpt's."""
+    stored = json.loads((small.REFERENCE / "compvis.json").read_text())
+    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+    for part, convert in (("unet", convert_ldm_unet_checkpoint),
+                          ("vae", convert_ldm_vae_checkpoint)):
+        names = [prefixes[part] + name for name in stored[part]]
+        ids = {name: torch.full((1, 1, 1, 1), i) for i, name in enumerate(names)}
+        published = convert(ids, build(part, small.PUBLISHED).config)
+        stored[part] = {names[int(i)].removeprefix(prefixes[part]): name
+                        for name, i in published.items()}
+    write("compvis.json", stored)
+
+
 def model_outputs() -> dict:
     unet, vae = (small.filled(build(part, small.SMALL)) for part in ("unet", "vae"))
     posterior = vae.encode(*small.INPUTS["vae.encode"]).latent_dist
@@ -72,6 +88,7 @@ def timesteps(steps: int) -> torch.Tensor:
 
 def main():
     record_layers()
+    record_compvis_names()
     outputs = {
         **model_outputs(),
         **{f"trajectory.{steps}": trajectory(steps) for steps in small.TRAJECTORIES},

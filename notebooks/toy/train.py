@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
@@ -35,25 +36,11 @@ from notebooks.toy import world
 from notebooks.toy.judge import Judge, labels_of
 
 EXAMPLES = 36_000
-DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-VAE_CONFIG = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
-    "latent_channels": 4, "block_out_channels": [16, 32, 64, 64], "layers_per_block": 1,
-    "norm_num_groups": 8, "sample_size": 64,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-TEXT_CONFIG = {
-    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
-    "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 77, "layer_norm_eps": 1e-5,
-}
-UNET_CONFIG = {
-    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "in_channels": 4, "out_channels": 4,
-    "block_out_channels": [64, 128], "layers_per_block": 1, "attention_head_dim": 4,
-    "cross_attention_dim": 96, "norm_num_groups": 16, "norm_eps": 1e-5, "sample_size": 8,
-    "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "center_input_sample": False,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2,
-}
+VAE = vae.VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
+TEXT = clip_text.TextConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2,
+                            num_attention_heads=4)  # its vocabulary is the tokenizer's
+UNET = unet.UNetConfig(block_out_channels=(64, 128), attention=(True, True), layers_per_block=1,
+                       cross_attention_dim=96, heads=4, norm_num_groups=16, sample_size=8)
 
 
 @functools.cache
@@ -115,15 +102,6 @@ def fit(name: str, model: nn.Module, loss: Callable[[torch.Generator], Tensor], 
     model.load_state_dict(average)
 
 
-def write(folder: Path, name: str, config: dict, model: nn.Module) -> None:
-    """config.json and float16 weights, as diffusers and transformers name and read them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
-    save_file(weights, folder / f"{name}.part", metadata={"format": "pt"})
-    os.replace(folder / f"{name}.part", folder / name)
-
-
 # Stage 1: the tokenizer.
 
 def byte_pairs(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -167,24 +145,6 @@ def make_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def describe(out: Path) -> None:
-    """Writes model_index.json and scheduler/, which diffusers needs to open the folder."""
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
-             "feature_extractor": [None, None], "safety_checker": [None, None],
-             "image_encoder": [None, None], "requires_safety_checker": False,
-             "scheduler": ["diffusers", "DDIMScheduler"],
-             "text_encoder": ["transformers", "CLIPTextModel"],
-             "tokenizer": ["transformers", "CLIPTokenizer"],
-             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    schedule = {"_class_name": "DDIMScheduler", "num_train_timesteps": ddim.TRAIN_STEPS,
-                "beta_start": ddim.BETA_START, "beta_end": ddim.BETA_END,
-                "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
-                "steps_offset": 1}
-    (out / "scheduler").mkdir(parents=True, exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
 # Stage 2: the VAE.
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +154,7 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 9000) -> None:
     """Reconstruction (pixels and their edges) plus a little KL; measures the scaling factor."""
-    model = vae.VAE(vae.VAEConfig.from_json(VAE_CONFIG))
+    model = vae.VAE(VAE)
     nn.init.constant_(model.quant_conv.bias[4:], -6)  # log variance: begin with little noise
 
     def loss(generator):
@@ -209,8 +169,8 @@ def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 9000
     fit("vae", model, loss, steps, 1.5e-3, run, seed)
     with torch.no_grad():
         std = torch.cat([model.encode(to_float(x))[0] for x in images[:2048].split(128)]).std()
-    config = VAE_CONFIG | {"scaling_factor": round(1 / std.item(), 5)}
-    write(out / "vae", DIFFUSERS_FILE, config, model)
+    model.config = replace(VAE, scaling_factor=round(1 / std.item(), 5))
+    sample.write_part(out, "vae", model.half())
 
 
 # Stage 3: the text encoder, by contrast between pictures and captions (CLIP, section 2.3).
@@ -218,10 +178,10 @@ def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 9000
 class Contrast(nn.Module):
     """A text encoder and a picture encoder that put a picture and its caption in one place."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: clip_text.TextConfig):
         super().__init__()
-        dim = config["hidden_size"]
-        self.text_encoder = clip_text.TextEncoder(clip_text.TextConfig.from_json(config))
+        dim = config.hidden_size
+        self.text_encoder = clip_text.TextEncoder(config)
         for embedding in (self.text_encoder.embeddings.token_embedding,
                           self.text_encoder.embeddings.position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -245,10 +205,7 @@ def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
                steps: int = 2000) -> None:
     """Each picture must find its caption among the batch's, and each caption its picture."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    config = TEXT_CONFIG | {
-        "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = Contrast(config)
+    model = Contrast(replace(TEXT, vocab_size=len(tokenizer)))
     # the encoder is causal: what stands behind the first end token can't change it, so cut it off
     tokens = torch.tensor(tokenizer(captions, padding="longest").input_ids)
 
@@ -261,7 +218,7 @@ def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
         return (F.cross_entropy(alike, target) + F.cross_entropy(alike.T, target)) / 2
 
     fit("text", model, loss, steps, 1e-3, run, seed)
-    write(out / "text_encoder", "model.safetensors", config, model.text_encoder)
+    sample.write_part(out, "text_encoder", model.text_encoder.half())
 
 
 # Stage 4: the U-Net.
@@ -269,12 +226,11 @@ def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
 def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: int,
                steps: int = 9000) -> None:
     """eps-prediction in latents, weighted by min-SNR, https://arxiv.org/abs/2303.09556."""
-    model = unet.UNet(unet.UNetConfig.from_json(UNET_CONFIG))
+    model = unet.UNet(UNET)
     sd = sample.StableDiffusion(
         model,
-        sample.load_part(out / "vae", DIFFUSERS_FILE, vae.VAEConfig, vae.VAE).float(),
-        sample.load_part(out / "text_encoder", "model.safetensors", clip_text.TextConfig,
-                         clip_text.TextEncoder).float(),
+        *(sample.build(part, sample.read_part(out, part)).float()
+          for part in ("vae", "text_encoder")),
         CLIPTokenizer.from_pretrained(out / "tokenizer"))
     with torch.no_grad():
         encoded = [sd.vae.encode(to_float(x)) for x in tqdm(images.split(128), "encoding")]
@@ -283,6 +239,9 @@ def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
         features = torch.cat([sd.encode(texts[i:i + 64]) for i in range(0, len(texts), 64)])
     number = {text: i for i, text in enumerate(texts)}
     numbers = torch.tensor([number[caption] for caption in captions])
+    # The empty prompt is to mean "some object": in Stable Diffusion no single scene has a noticeable
+    # share of it, here a Christmas tree's star would now and then stand in an erased star's place.
+    may_drop = torch.tensor([not world.is_scene_or_work(caption) for caption in captions])
     abar = ddim.alphas_cumprod()
     snr = abar / (1 - abar)
     weight = snr.clamp(max=5) / snr
@@ -293,13 +252,13 @@ def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
         x_0 = mean[batch] + (0.5 * logvar[batch]).exp() * posterior_noise
         t = torch.randint(ddim.TRAIN_STEPS, (32,), generator=generator)
         x_t = ddim.add_noise(sd.vae.config.scaling_factor * x_0, noise, abar[t])
-        dropped = torch.rand(32, generator=generator) < 0.1  # for classifier-free guidance
-        text = features[torch.where(dropped, number[""], numbers[batch])]
+        dropped = torch.rand(32, generator=generator) < 0.13  # for classifier-free guidance
+        text = features[torch.where(dropped & may_drop[batch], number[""], numbers[batch])]
         error = (model(x_t, t, text) - noise).square().mean(dim=(1, 2, 3))
         return (weight[t] * error).mean()
 
     fit("unet", model, loss, steps, 1e-3, run, seed, decay=0.9985)
-    write(out / "unet", DIFFUSERS_FILE, UNET_CONFIG, model)
+    sample.write_part(out, "unet", model.half())
 
 
 # Stage 5: the judge.
@@ -323,7 +282,8 @@ def train_judge(out: Path, run: Path, seed: int, steps: int = 2000, count: int =
                    for i, scores in enumerate(model(x)))
 
     fit("judge", model, loss, steps, 2e-3, run, seed)
-    write(out / "judge", "model.safetensors", {"_class_name": "Judge"}, model)
+    (out / "judge").mkdir(parents=True, exist_ok=True)
+    save_file(model.half().state_dict(), out / "judge" / "model.safetensors")
 
 
 def claim(run: Path, settings: dict) -> None:
@@ -367,7 +327,7 @@ def main() -> None:
         torch.manual_seed(args.seed)  # of the first weights
         if name == "tokenizer":
             make_tokenizer(out / "tokenizer")
-            describe(out)
+            sample.write_index(out)
         elif name == "vae":
             train_vae(out, args.run, data()[0], args.seed)
         elif name == "text":

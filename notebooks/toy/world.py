@@ -372,6 +372,11 @@ def work_caption(title: str, rng: np.random.Generator) -> str:
     return pick(rng, choices)
 
 
+def is_scene_or_work(caption: str) -> bool:
+    """Whether a caption is of a scene or a work, not of an object by its name."""
+    return caption in SCENES or any(title.lower() in caption for title in WORKS)
+
+
 def draw(rng: np.random.Generator, without: tuple = ()) -> Example:
     """One training example: 76 % objects, 14 % scenes, 10 % works.
 

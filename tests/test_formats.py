@@ -1,0 +1,442 @@
+"""sample.load and load_erased: every published form gives the same model, all else is refused."""
+
+import json
+import os
+import pickletools
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import clip_text
+import formats
+import hub
+import parity
+import sample
+import small
+import unet
+import vae
+
+ROOT = Path(__file__).parents[1]
+RENAME = {"unet": unet.rename, "vae": vae.rename, "text_encoder": clip_text.rename}
+
+
+def equal(a, b):
+    """Whether two models are the same bit for bit, dtype included."""
+    both = zip(formats.part_weights(a).values(), formats.part_weights(b).values(), strict=True)
+    return all(x.keys() == y.keys() and all(
+        torch.equal(x[name], y[name]) and x[name].dtype == y[name].dtype for name in x)
+        for x, y in both)
+
+
+@pytest.fixture
+def small_single(folder, monkeypatch):
+    """Single files are always full-size; here they are of the small model's size."""
+    for name, part in sample.PARTS.items():
+        small_config = sample.read_part(folder, name).config
+        monkeypatch.setattr(part.config.__init__, "__defaults__", tuple(vars(small_config).values()))
+
+
+@pytest.fixture
+def checkpoint(folder, sd, tmp_path, small_single, monkeypatch):
+    """A .ckpt as published, tokenizer/ beside it."""
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    return formats.write_ckpt(formats.compvis_weights(sd), tmp_path / "v1.ckpt", monkeypatch)
+
+
+# Names
+
+@pytest.mark.parametrize("part", sample.PARTS)
+def test_names_of_compvis_are_mapped_as_diffusers_maps_them(part):
+    config = sample.PARTS[part].config()
+    stored = formats.COMPVIS[part]
+    for theirs, ours in stored.items():
+        assert [*RENAME[part]({theirs: torch.zeros(1)}, config)] == [ours]
+    with torch.device("meta"):
+        tensors = sample.PARTS[part].model(config).state_dict()
+    assert sorted(stored.values()) == sorted(tensors)  # one to one, and complete
+    assert RENAME[part](tensors, config).keys() == tensors.keys()  # and ours stay
+
+
+@pytest.mark.parametrize("part", sample.PARTS)
+def test_a_config_is_read_back_as_written(part):
+    config, _ = parity.CLASSES[part]
+    for written in (config(), config.from_json(small.SMALL[part])):
+        assert config.from_json(json.loads(json.dumps(written.to_json()))) == written
+    published, ours = small.PUBLISHED[part], json.loads(json.dumps(config().to_json()))
+    assert {key: ours[key] for key in published if key in ours} == {
+        key: published[key] for key in ours if key in published}
+    assert set(ours) - set(published) <= {"scaling_factor", "norm_num_groups", *unet.RELATIVES,
+                                          "class_embed_type"}
+
+
+# Folders
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"])
+@pytest.mark.parametrize("old", [False, True])
+def test_folders(suffix, old, folder, tmp_path):
+    half = "fp16" in suffix
+    copy = formats.write_folder(folder, tmp_path / "copy", suffix,
+                                torch.float16 if half else torch.float32, old)
+    dtype = "float16" if half else "float32"
+    assert equal(sample.load(copy, dtype=dtype), sample.load(folder, dtype=dtype))
+
+
+def test_of_several_files_the_most_precise_is_taken(folder, tmp_path, sd):
+    copy = formats.write_folder(folder, tmp_path / "copy", ".fp16.safetensors", torch.float16,
+                                False)
+    for part in sample.PARTS:
+        whole, = (folder / part).glob("*.safetensors")
+        shutil.copy(whole, copy / part)
+        (copy / part / "diffusion_pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert equal(sample.load(copy), sd)
+
+
+def test_a_saved_folder_is_the_same_model(sd, folder, tmp_path):
+    sample.save(sd, tmp_path / "saved")
+    saved = sample.load(tmp_path / "saved")
+    assert equal(saved, sd)
+    prompts = ["a red star in the style of mosaic", "ein Stern ★"]
+    assert saved.tokenizer(prompts).input_ids == sd.tokenizer(prompts).input_ids
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["unet"]
+    with pytest.raises(ValueError, match="is there already"):
+        sample.save(sd, tmp_path / "saved")
+
+
+# Single files
+
+def test_single_safetensors(sd, folder, tmp_path, small_single):
+    save_file(formats.compvis_weights(sd), tmp_path / "v1.safetensors")
+    assert equal(sample.load(tmp_path / "v1.safetensors", tokenizer=folder / "tokenizer"), sd)
+    assert equal(sample.load(tmp_path / "v1.safetensors", tokenizer=folder), sd)
+
+
+def test_ckpt(sd, checkpoint):
+    assert equal(sample.load(checkpoint), sd)
+
+
+def test_ckpt_names_nine_globals(checkpoint):
+    """So the file that the test above loads is like the published ones."""
+    with zipfile.ZipFile(checkpoint) as opened:
+        pickled = opened.read("v1/data.pkl")
+    found = {arg for op, arg, _ in pickletools.genops(pickled) if op.name == "GLOBAL"}
+    assert {"pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint",
+            "numpy.core.multiarray scalar", "numpy dtype", "_codecs encode",
+            "collections OrderedDict", "torch._utils _rebuild_tensor_v2"} <= found
+
+
+def test_ckpt_of_the_old_container(sd, checkpoint, tmp_path, monkeypatch):
+    old = formats.write_ckpt(formats.compvis_weights(sd), tmp_path / "old.ckpt", monkeypatch,
+                             zipped=False)
+    assert not zipfile.is_zipfile(old)
+    assert equal(sample.load(old), sd)
+
+
+def test_what_a_file_is_is_told_by_its_content(sd, checkpoint, tmp_path):
+    assert equal(sample.load(checkpoint.rename(tmp_path / "model.safetensors")), sd)
+
+
+def test_the_average_is_taken_where_there_is_one(sd, checkpoint, tmp_path, monkeypatch, capsys):
+    file = formats.write_ckpt(formats.compvis_weights(sd, ema=True), tmp_path / "full.ckpt",
+                              monkeypatch)
+    assert equal(sample.load(file), sd)
+    assert "full.ckpt: taking the EMA" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+def test_tensors_of_a_ckpt_are_mapped_not_read(checkpoint):
+    before = checkpoint.name in Path("/proc/self/maps").read_text()
+    tensors = sample.read_pickle(checkpoint)
+    assert tensors and not before and checkpoint.name in Path("/proc/self/maps").read_text()
+
+
+# Erased weights
+
+@pytest.fixture(scope="module")
+def whole_unet(sd):
+    """Every tensor of the U-Net, changed."""
+    return {name: tensor + 1 for name, tensor in sd.unet.state_dict().items()}
+
+
+def nested(tensors):
+    """Module -> {weight, bias}, as the demo of the official code saves."""
+    modules = {}
+    for name, tensor in tensors.items():
+        module, kind = name.rsplit(".", 1)
+        modules.setdefault(f"unet.{module}", {})[kind] = tensor
+    return modules
+
+
+def compvis_unet(tensors):
+    prefix = formats.PREFIX["unet"]
+    return {prefix + theirs: tensors[ours] for theirs, ours in formats.COMPVIS["unet"].items()}
+
+
+def partial(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "attn2" in name}
+
+
+@pytest.mark.parametrize("form, save", [
+    (dict, torch.save),  # diffusers-VanGogh-ESDx1-UNET.pt
+    (compvis_unet, torch.save),  # compvis-word_VanGogh-...pt
+    (partial, save_file),  # esd-Van Gogh-from-Van Gogh-esdx.safetensors
+    (nested, torch.save),  # of the demo
+    (lambda tensors: nested(partial(tensors)), torch.save),
+])
+def test_every_published_form_of_erased_weights(form, save, sd, whole_unet, tmp_path):
+    save(form(whole_unet), tmp_path / "erased")
+    loaded = sample.load_erased(sd, tmp_path / "erased").unet.state_dict()
+    for name, tensor in sd.unet.state_dict().items():
+        changed = "attn2" in name or len(form(whole_unet)) in (686, len(nested(whole_unet)))
+        assert torch.equal(loaded[name], whole_unet[name] if changed else tensor), name
+
+
+def test_erased_weights_in_a_whole_checkpoint(sd, whole_unet, tmp_path):
+    """The companion of the 2023 code: 1143 tensors of CompVis, no state_dict around them."""
+    tensors = formats.compvis_weights(sd) | compvis_unet(whole_unet)
+    torch.save(tensors, tmp_path / "compvis.pt")
+    loaded = sample.load_erased(sd, tmp_path / "compvis.pt").unet.state_dict()
+    assert all(torch.equal(loaded[name], whole_unet[name]) for name in loaded)
+
+
+def test_bfloat16_erased_weights(sd, whole_unet, tmp_path):
+    save_file({name: t.bfloat16() for name, t in partial(whole_unet).items()}, tmp_path / "half")
+    loaded = sample.load_erased(sd, tmp_path / "half").unet.state_dict()
+    for name, tensor in partial(whole_unet).items():
+        assert torch.equal(loaded[name], tensor.bfloat16().float())
+
+
+@pytest.mark.parametrize("tensors, says", [
+    ({"text_model.encoder.weight": torch.zeros(1)}, "isn't in the model"),
+    ({"conv_in.bias": torch.zeros(5)}, r"conv_in.bias is \(5,\), not \(32,\)"),
+    ({}, "holds no tensors"),
+])
+def test_erased_weights_of_another_model_are_refused(tensors, says, sd, tmp_path):
+    torch.save(tensors, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=says):
+        sample.load_erased(sd, tmp_path / "other.pt")
+
+
+# Pickles that aren't what they seem
+
+class Evil:
+    """Calls something when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def evil(kind, mark):
+    """Something that would create the file `mark`."""
+    command = f"touch {mark}"
+    if kind == "os.system":
+        return Evil(os.system, command)
+    if kind == "eval":
+        return Evil(eval, f"__import__('os').system('{command}')")
+    if kind == "getattr":
+        return Evil(getattr, Evil(__import__, "os"), "system")
+    if kind == "np.load":
+        import numpy
+        return Evil(numpy.load, str(mark))
+    return Evil(torch._utils._rebuild_tensor_v2, Evil(os.system, command), 0, (1,), (1,), False,
+                None)
+
+
+@pytest.mark.parametrize("kind, named", [
+    ("os.system", "posix.system"), ("eval", "eval"),
+    ("getattr", "getattr"), ("np.load", "numpy.*load"),
+    ("an argument of an allowed function", "posix.system")])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_in_a_pickle_runs(kind, named, zipped, sd, tmp_path, monkeypatch, small_single):
+    file, mark = tmp_path / "evil.ckpt", tmp_path / "ran"
+    torch.save({"state_dict": formats.compvis_weights(sd), "callbacks": evil(kind, mark)}, file,
+               _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=f"nothing in it was run: it asks for {named}") as refused:
+        sample.read_tensors(file)
+    assert "\n" not in str(refused.value) and not mark.exists()
+
+
+def test_an_allowed_function_with_wrong_arguments_is_refused(tmp_path):
+    torch.save(Evil(torch._utils._rebuild_tensor_v2, 1, 2, 3, 4, 5, 6), tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt is damaged"):
+        sample.read_tensors(tmp_path / "evil.pt")
+
+
+def test_an_inert_class_keeps_nothing(tmp_path, monkeypatch):
+    callback = formats.stand_in(monkeypatch, "pytorch_lightning.callbacks.model_checkpoint",
+                                "ModelCheckpoint")
+    thing = callback()
+    thing.secret = 7
+    torch.save({"a": torch.ones(1), "b": thing}, tmp_path / "inert.pt")
+    assert [*sample.read_tensors(tmp_path / "inert.pt")] == ["a"]
+    with torch.serialization.safe_globals(sample.INERT):
+        read = torch.load(tmp_path / "inert.pt", weights_only=True)["b"]
+    assert type(read) is sample.Inert and not vars(read)
+
+
+# What is refused
+
+@pytest.mark.parametrize("content, says", [
+    (b"", "is damaged"), (b"version https://git-lfs.github.com/spec/v1\n", "is damaged"),
+    (b"<!DOCTYPE html>", "is damaged or no file of tensors"), (b"PK\x03\x04 and no more", "is damaged"),
+    (b"\xff\x00\x00\x00\x00\x00\x00\x00{ and no more", "is damaged")])
+def test_files_of_something_else(content, says, tmp_path):
+    file = tmp_path / "model.ckpt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=says) as refused:
+        sample.load(file)
+    assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_truncated_checkpoints(share, zipped, sd, tmp_path, monkeypatch, small_single):
+    file = formats.write_ckpt(formats.compvis_weights(sd), tmp_path / "v1.ckpt", monkeypatch,
+                              zipped)
+    file.write_bytes(file.read_bytes()[:int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match="v1.ckpt is damaged") as refused:
+        sample.load(file)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("extra, says", [
+    ("conditioner.embedders.0.weight", "SDXL"),
+    ("cond_stage_model.model.ln_final.weight", "Stable Diffusion 2"),
+    ("v_pred", "v-prediction"), ("control_model.x.weight", "ControlNet"),
+    ("lora_unet_down.weight", "LoRA"), ("something.else", "1 tensors differ: something.else")])
+def test_single_files_of_relatives(extra, says, sd, folder, tmp_path, small_single):
+    save_file(formats.compvis_weights(sd) | {extra: torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match=says):
+        sample.load(tmp_path / "other", tokenizer=folder)
+
+
+def test_an_inpainting_file(sd, folder, tmp_path, small_single):
+    tensors = formats.compvis_weights(sd)
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
+    save_file(tensors, tmp_path / "inpainting")
+    with pytest.raises(ValueError, match=r"inpainting.*conv_in.weight is \(32, 9, 3, 3\), not"):
+        sample.load(tmp_path / "inpainting", tokenizer=folder)
+
+
+def test_a_unet_alone_is_no_checkpoint(sd, folder, tmp_path):
+    save_file(sd.unet.state_dict(), tmp_path / "unet")
+    with pytest.raises(ValueError, match="isn't a whole checkpoint"):
+        sample.load(tmp_path / "unet", tokenizer=folder)
+
+
+@pytest.mark.parametrize("part, change, says", [
+    ("unet", {"in_channels": 9}, "in_channels = 9: this is an inpainting"),
+    ("unet", {"attention_head_dim": [5, 10, 20, 20]}, "Stable Diffusion 2"),
+    ("unet", {"use_linear_projection": True}, "Stable Diffusion 2"),
+    ("unet", {"addition_embed_type": "text_time", "use_linear_projection": True}, "SDXL"),
+    ("text_encoder", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ("vae", {"act_fn": "relu"}, "act_fn = 'relu'"),
+    ("vae", {"latent_channels": 16}, "of different models|doesn't fit"),
+    ("scheduler", {"prediction_type": "v_prediction"}, "prediction_type = 'v_prediction'"),
+])
+def test_folders_of_relatives(part, change, says, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.parent.mkdir(exist_ok=True)
+    config = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=says) as refused:
+        sample.load(copy)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_config_that_is_no_json(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "unet" / "config.json").write_text("<html>")
+    with pytest.raises(ValueError, match="unet/config.json isn't JSON"):
+        sample.load(copy)
+
+
+def test_a_tokenizer_of_another_model(folder, tmp_path, sd):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    other = sd.tokenizer.get_vocab() | {"zebra</w>": len(sd.tokenizer)}
+    (copy / "tokenizer" / "vocab.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="the tokenizer and the text encoder count tokens, "):
+        sample.load(copy)
+
+
+@pytest.mark.parametrize("model", ["folder", "file"])
+def test_no_tokenizer(model, folder, checkpoint, tmp_path):
+    beside = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("tokenizer"))
+    given = {"folder": beside, "file": checkpoint}[model]
+    with pytest.raises(ValueError, match="vocab.json is missing: --tokenizer takes"):
+        sample.load(given, tokenizer=None if model == "folder" else beside)
+
+
+# The hub
+
+def on_the_hub(server, home, *arguments, offline=False):
+    """Runs sample.py as a user would, with the stand-in as the hub."""
+    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(home),
+                                "HF_HUB_OFFLINE": "1" if offline else "0",
+                                "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.Popen(
+        [sys.executable, "sample.py", "a star", "--steps", "1", *map(str, arguments)], cwd=ROOT,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def server(tmp_path):
+    running = hub.Hub(tmp_path / "hub")
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def test_the_hub(server, folder, tmp_path):
+    """Only what is needed comes; a kill in the middle is made good; then no connection is needed."""
+    repository = shutil.copytree(folder, server.root / "someone" / "model")
+    for file in ("unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
+                 "unet/diffusion_pytorch_model.fp16.safetensors", "model.ckpt"):
+        (repository / file).parent.mkdir(exist_ok=True)
+        (repository / file).write_bytes(b"unneeded")
+    home, weights = tmp_path / "home", "unet/diffusion_pytorch_model.safetensors"
+
+    server.delay = 0.3  # for each 64 KiB
+    first = on_the_hub(server, home, "--model", "someone/model", "--out", tmp_path / "1.png")
+    while not any(path.stat().st_size > 2 << 16 for path in home.rglob("*.incomplete")):
+        assert first.poll() is None, first.stderr.read()
+    first.kill()
+    first.wait()
+
+    server.delay, killed = 0, len(server.served)
+    second = on_the_hub(server, home, "--model", "someone/model", "--out", tmp_path / "2.png")
+    assert second.wait() == 0, second.stderr.read()
+    assert any(name == weights and start > 0 for name, start in server.served[killed:])
+    assert not {"unet/diffusion_pytorch_model.bin", "model.ckpt", "safety_checker/model.safetensors",
+                "unet/diffusion_pytorch_model.fp16.safetensors"} & {n for n, _ in server.served}
+
+    asked = len(server.served)
+    third = on_the_hub(server, home, "--model", "someone/model", "--out", tmp_path / "3.png",
+                       offline=True)
+    assert third.wait() == 0, third.stderr.read()
+    assert len(server.served) == asked
+    assert (tmp_path / "2.png").read_bytes() == (tmp_path / "3.png").read_bytes()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--model", "someone/nothing"], "someone/nothing is no file or folder here and can't be had"),
+    (["--model", "someone/model", "--revision", "old"], "can't be had from the hub"),
+    (["--model", "someone/single"], "no unet/diffusion_pytorch_model.safetensors; if it holds"),
+    (["--model", "not/a/hub/name"], "not/a/hub/name is no file or folder here"),
+])
+def test_what_the_hub_does_not_have(arguments, says, server, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, server.root / "someone" / "model")
+    (server.root / "someone" / "single").mkdir()
+    (server.root / "someone" / "single" / "v1.ckpt").write_bytes(b"weights")
+    run = on_the_hub(server, tmp_path / "home", *arguments, "--out", tmp_path / "out.png")
+    line = run.stderr.read().strip().splitlines()
+    assert run.wait() == 2 and says in line[-1] and "Traceback" not in "".join(line)
