@@ -241,26 +241,29 @@ def read_single(file: Path) -> dict[str, Found]:
         for start, model in OTHER_MODELS.items():
             if name.startswith(start):
                 raise ValueError(f"{file} holds {name}: this is {model}, use SD v1 weights")
-    ema = {name: tensor for name, tensor in tensors.items() if name.startswith("model_ema.")}
     prefixes = tuple(part.compvis for part in PARTS.values())
-    rest = [name for name in tensors  # without a dot: the noise schedule
-            if "." in name and name not in ema and not name.startswith(prefixes)]
+    wrong = [name for name in tensors  # without a dot: the noise schedule
+             if "." in name and not name.startswith((*prefixes, "model_ema."))]
+    wrong += [f"no {prefix}*" for prefix in prefixes
+              if not any(name.startswith(prefix) for name in tensors)]
+    if wrong:
+        raise ValueError(f"{file} isn't a whole checkpoint of Stable Diffusion v1, {len(wrong)} "
+                         f"tensors differ: {'; '.join(wrong[:3])}")
+    inputs = tensors[prefixes[0] + "input_blocks.0.0.weight"].shape[1]
+    if inputs != PARTS["unet"].config().in_channels:
+        raise ValueError(f"{file} has a U-Net with {inputs} input channels, not 4: this is an "
+                         "inpainting model or another relative, use SD v1 weights")
+    found = {}
     for name, part in PARTS.items():
-        if not any(tensor.startswith(part.compvis) for tensor in tensors):
-            rest.append(f"no {part.compvis}*")
-    if rest:
-        raise ValueError(f"{file} isn't a whole checkpoint of Stable Diffusion v1, {len(rest)} "
-                         f"tensors differ: {'; '.join(rest[:3])}")
-    parts = {}
-    for name, part in PARTS.items():
-        own = {k.removeprefix(part.compvis): v for k, v in tensors.items()
-               if k.startswith(part.compvis)}
-        if name == "unet" and ema:  # "model_ema." and the name without "model." and without dots
+        own = {key.removeprefix(part.compvis): tensor for key, tensor in tensors.items()
+               if key.startswith(part.compvis)}
+        # the EMA has names without dots, and without "model."
+        ema = {key: f"model_ema.diffusion_model{key.replace('.', '')}" for key in own}
+        if name == "unet" and any(key in tensors for key in ema.values()):
             print(f"{file}: taking the EMA of the U-Net's weights", file=sys.stderr)
-            own = {k: ema["model_ema.diffusion_model" + k.replace(".", "")] for k in own}
-        config = part.config()
-        parts[name] = Found(config, part.rename(own, config), file)
-    return parts
+            own = {key: tensors[average] for key, average in ema.items() if average in tensors}
+        found[name] = Found(part.config(), part.rename(own, part.config()), file)
+    return found
 
 
 def needed(files: list[str]) -> list[str]:
@@ -287,6 +290,8 @@ def download(name: str, revision: str | None, choose: Callable = needed) -> Path
     def brief(error: Exception) -> str:
         return " ".join(str(error).split())[:200]
 
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"{name} is no file or folder here, and no name on the hub (OWNER/NAME)")
     try:
         files = choose(list_repo_files(name, revision=revision))
     except ValueError as error:
@@ -302,8 +307,8 @@ def download(name: str, revision: str | None, choose: Callable = needed) -> Path
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (OSError, HTTPError) as error:
-        raise ValueError(f"the download of {name} broke off, the same command again goes on from "
-                         f"there: {brief(error)}") from error
+        raise ValueError(f"the download of {name} broke off, the same command again keeps what is "
+                         f"complete: {brief(error)}") from error
 
 
 def load_tokenizer(beside: Path, given: str | Path | None, single: bool) -> CLIPTokenizer:

@@ -18,6 +18,24 @@ from notebooks.toy import train
 torch.set_num_threads(1)  # models this small lose more to waiting than they win from threads
 
 
+def pytest_addoption(parser):
+    parser.addoption("--weights", help="published weights, for test_official.py")
+    parser.addoption("--noise", help="folder of the noises that test_official.py decodes")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full_size: needs 10 GB of disk and minutes; -m full_size")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What is full-size runs only where it is asked for."""
+    if "full_size" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="full-size, asked for by -m full_size")
+        for item in items:
+            if "full_size" in item.keywords:
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """unet/, vae/, text_encoder/, tokenizer/. Copy it before changing it."""

@@ -73,9 +73,9 @@ def compvis_weights(sd: StableDiffusion, ema: bool = False) -> dict[str, Tensor]
             flat = f"diffusion_model.{theirs}".replace(".", "")
             tensors[f"model_ema.{flat}"] = tensors[PREFIX["unet"] + theirs]
             tensors[PREFIX["unet"] + theirs] = torch.zeros_like(sd.unet.state_dict()[ours])
-        tensors |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates":
-                    torch.tensor(7, dtype=torch.int32)}
     return tensors | {
+        "model_ema.decay": torch.tensor(0.9999),  # these two are in every file
+        "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
         **{name: torch.zeros(1000) for name in ("betas", "alphas_cumprod", "posterior_variance")}}
 

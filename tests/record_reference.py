@@ -86,6 +86,24 @@ def timesteps(steps: int) -> torch.Tensor:
     return ddim.timesteps
 
 
+def full_size_outputs() -> dict:
+    """Of the published sizes, in float32."""
+    outputs = {}
+    for part in small.PUBLISHED:
+        with torch.device("meta"):
+            model = build(part, small.PUBLISHED)
+        model.load_state_dict(small.full_size_weights(model), assign=True)
+        if part == "unet":
+            outputs["unet"] = model(*small.FULL_SIZE_INPUTS["unet"]).sample
+        elif part == "vae":
+            posterior = model.encode(*small.FULL_SIZE_INPUTS["vae.encode"]).latent_dist
+            outputs["vae.encode"] = torch.cat([posterior.mean, posterior.logvar], dim=1)
+            outputs["vae.decode"] = model.decode(*small.FULL_SIZE_INPUTS["vae.decode"]).sample
+        else:
+            outputs["text_encoder"] = model(*small.FULL_SIZE_INPUTS[part]).last_hidden_state
+    return outputs
+
+
 def main():
     record_layers()
     record_compvis_names()
@@ -98,6 +116,8 @@ def main():
     }
     save_file({name: tensor.contiguous() for name, tensor in outputs.items()},
               small.REFERENCE / "outputs.safetensors")
+    with torch.no_grad():
+        save_file(full_size_outputs(), small.REFERENCE / "full_size.safetensors")
 
 
 if __name__ == "__main__":

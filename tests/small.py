@@ -50,6 +50,12 @@ def filled(model: nn.Module) -> nn.Module:
     return model
 
 
+def full_size_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A float32 value for every tensor of a model, from its name. Buffers (position_ids) aren't."""
+    return {name: weight(name, parameter.shape).float()
+            for name, parameter in model.named_parameters()}
+
+
 # t is small: there the rounding of the sinusoids, which are float32, is worth 1e-8 and not 1e-6
 INPUTS = {
     "unet": (numbers("x_t", 3, 4, 16, 8), torch.tensor([1, 2, 4]), numbers("text", 3, 10, 24)),
@@ -58,6 +64,13 @@ INPUTS = {
     "text_encoder": (torch.tensor([[98, 5, 17, 99, 99, 99], [98, 99, 99, 99, 99, 99]]),),
     "add_noise": (numbers("x_0", 2, 4, 2, 3), numbers("noise", 2, 4, 2, 3), torch.tensor([1, 981])),
     "denoise": (numbers("x_T", 2, 4, 2, 3),),
+}
+FULL_SIZE_INPUTS = {  # 128x128 pixels, so that a run takes seconds
+    "unet": (numbers("x_t", 1, 4, 16, 16).float(), torch.tensor([4]),
+             numbers("text", 1, 77, 768).float()),
+    "vae.encode": (0.5 * numbers("image", 1, 3, 64, 64).float(),),
+    "vae.decode": (numbers("latents", 1, 4, 8, 8).float(),),
+    "text_encoder": (torch.tensor([[49406, 320, 1674, 539, 320, 6829] + 71 * [49407]]),),
 }
 
 

@@ -1,0 +1,145 @@
+"""Every format at full size: the same model from each, and the reference's numbers.
+
+    python -m pytest tests -m full_size      # 10 GB of disk, 12 GB of memory, some minutes
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import formats
+import hub
+import parity
+import sample
+import small
+from test_formats import ROOT
+
+pytestmark = pytest.mark.full_size
+DIGEST = """
+import sys, sample, test_full_size
+print(test_full_size.digest(sample.load(sys.argv[1])))
+"""
+
+
+def digest(sd: sample.StableDiffusion) -> str:
+    """A hash of every name and every bit of the three models."""
+    sha = hashlib.sha256()
+    for part, weights in formats.part_weights(sd).items():
+        for name in sorted(weights):
+            sha.update(f"{part} {name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
+            sha.update(weights[name].contiguous().numpy())
+    return sha.hexdigest()
+
+
+def tokenizer(folder):
+    """CLIP's tokenizer can't be had here; this one has as many tokens, a letter or nothing each."""
+    folder.mkdir(parents=True)
+    letters = [chr(97 + i) + end for end in ("", "</w>") for i in range(26)]
+    words = letters + [f"<{i}>" for i in range(49408 - len(letters) - 2)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """diffusers' layout, float32: 4.3 GB."""
+    root = tmp_path_factory.mktemp("full") / "folder"
+    tokenizer(root / "tokenizer")
+    for part, (config, model) in parity.CLASSES.items():
+        with torch.device("meta"):
+            shapes = model(config())
+        (root / part).mkdir()
+        (root / part / "config.json").write_text(json.dumps(small.PUBLISHED[part]))
+        save_file(small.full_size_weights(shapes), root / part / sample.PARTS[part].files[0])
+    yield root
+    shutil.rmtree(root.parent)
+
+
+@pytest.fixture(scope="module")
+def sd(folder):
+    return sample.load(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(sd):
+    return digest(sd)
+
+
+@pytest.fixture
+def scratch(folder):
+    """A folder on the same disk, removed after each test: the files are large."""
+    path = folder.parent / "scratch"
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_folder_gives_the_files_tensors(folder, sd):
+    for part, weights in formats.part_weights(sd).items():
+        stored = load_file(folder / part / sample.PARTS[part].files[0])
+        assert all(torch.equal(stored[name], weights[name]) for name in weights)
+
+
+@torch.no_grad()
+def test_outputs_equal_the_reference(sd):
+    """In float32 two ways to the same sum differ by about 1e-6 of it; wrong settings by 1e-3."""
+    answers = load_file(small.REFERENCE / "full_size.safetensors")
+    for part in parity.CLASSES:
+        for name, function in parity.functions(part, getattr(sd, part)).items():
+            found = function(*small.FULL_SIZE_INPUTS[name])
+            off = (found - answers[name]).abs().max() / answers[name].abs().max()
+            assert off < 1e-4, (name, off)
+
+
+def test_a_folder_of_2022_with_pickles(folder, expected, scratch):
+    copy = formats.write_folder(folder, scratch / "old", ".bin", torch.float32, old=True)
+    assert digest(sample.load(copy)) == expected
+
+
+def test_a_folder_in_half_precision(folder, sd, scratch):
+    copy = formats.write_folder(folder, scratch / "half", ".fp16.safetensors", torch.float16, True)
+    half = sample.load(copy, dtype="float16")
+    assert all(torch.equal(weights[name].half(), found[name]) for weights, found in zip(
+        formats.part_weights(sd).values(), formats.part_weights(half).values()) for name in weights)
+
+
+def test_a_single_safetensors_file(folder, sd, expected, scratch):
+    save_file(formats.compvis_weights(sd), scratch / "v1.safetensors")
+    loaded = sample.load(scratch / "v1.safetensors", tokenizer=folder / "tokenizer")
+    assert digest(loaded) == expected
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_ckpt(ema, folder, sd, expected, scratch, monkeypatch):
+    tensors = formats.compvis_weights(sd, ema)
+    assert len(tensors) == (1831 if ema else 1145) - 9  # of 12 schedule buffers, 3 are written
+    formats.write_ckpt(tensors, scratch / "v1.ckpt", monkeypatch)
+    assert digest(sample.load(scratch / "v1.ckpt", tokenizer=folder / "tokenizer")) == expected
+
+
+def test_the_hub(folder, expected, scratch):
+    (scratch / "hub" / "someone").mkdir(parents=True)
+    (scratch / "hub" / "someone" / "v1").symlink_to(folder)
+    server = hub.Hub(scratch / "hub")
+    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(scratch / "home"),
+                                "HF_HUB_OFFLINE": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    try:
+        printed = subprocess.run([sys.executable, "-c", DIGEST, "someone/v1"], cwd=scratch,
+                                 env=environment, check=True, capture_output=True, text=True)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert printed.stdout.strip() == expected
+
+
+def test_a_saved_folder(sd, expected, scratch):
+    sample.save(sd, scratch / "saved")
+    assert digest(sample.load(scratch / "saved")) == expected
