@@ -2,7 +2,7 @@
 
     python sample.py "a red star" --model notebooks/toy --num 4 --out star.png
 
-    sd = sample.load("notebooks/toy")             # or sd-v1-4.ckpt, or a name on the Hugging Face hub
+    sd = sample.load("notebooks/toy")      # or sd-v1-4.ckpt, or a name on the hub
     images = sample.generate(sd, ["a red star", "a moon"], num=4, seed=0)
 
 Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. A prompt's way to a picture: tokens,
@@ -11,6 +11,8 @@ of the VAE (vae.py).
 """
 
 import argparse
+import csv
+import itertools
 import json
 import math
 import os
@@ -24,10 +26,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HTTPError
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -96,6 +100,15 @@ class StableDiffusion:
                 warnings.warn(f"cut to the first {length} of {len(ids)} tokens: {prompt!r}")
         tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True)
         return self.text_encoder(torch.tensor(tokens.input_ids, device=self.device))
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> Tensor:
+        """B pictures, fitted to the model's size -> the U-Net's latents (B, 4, H, W)."""
+        side = self.unet.config.sample_size * self.vae.config.factor
+        pixels = np.stack([ImageOps.fit(image.convert("RGB"), (side, side)) for image in images])
+        scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, 8H, 8W)
+        mean, _ = self.vae.encode(scaled.to(self.device, self.dtype))
+        return (mean * self.vae.config.scaling_factor).float()
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> list[Image.Image]:
@@ -355,14 +368,16 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
          tokenizer: str | Path | None = None, revision: str | None = None) -> StableDiffusion:
     """Stable Diffusion v1 from a folder in diffusers' layout, a file of CompVis, or the hub.
 
-    dtype is float32, float16 or bfloat16; auto is float32 on the CPU, bfloat16 elsewhere, whose
-    range lets erase.py do without loss scaling. tokenizer is a folder or a name on the hub, None:
+    dtype is float32, float16 or bfloat16; auto is float32 on the CPU, elsewhere bfloat16 where the
+    device really has it, else float16. tokenizer is a folder or a name on the hub, None:
     the checkpoint's own. revision is the hub's branch, tag or commit.
     Raises ValueError for what is another model, incomplete or damaged.
     """
     device, path = choose_device(device), Path(model)
     if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
+        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(
+            including_emulation=False)
+        dtype = "float32" if device.type == "cpu" else "float16" if emulated else "bfloat16"
     single = path.is_file()
     if not path.exists():
         path = download(str(model), revision)
@@ -382,14 +397,20 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
     return StableDiffusion(*parts, words)
 
 
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` make a file beside `path` and moves it there: it is whole or not there at all."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
 def write_part(folder: Path, name: str, model: nn.Module) -> None:
     """One part of a folder: config.json and weights, as diffusers and transformers read them."""
     where, file = folder / name, PARTS[name].files[0]
     where.mkdir(parents=True, exist_ok=True)
     (where / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, where / f"{file}.part", metadata={"format": "pt"})
-    os.replace(where / f"{file}.part", where / file)
+    write_whole(where / file, lambda part: save_file(weights, part, metadata={"format": "pt"}))
 
 
 def write_index(folder: Path) -> None:
@@ -454,8 +475,9 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
     return with_tuned(sd, tuned)
 
 
-def starting_noise(sd: StableDiffusion, num: int, seed: int, size: int | None) -> Tensor:
-    """(num, 4, size/8, size/8), drawn one picture after another on the CPU in float32.
+def starting_noise(sd: StableDiffusion, num: int, seed: int,
+                   size: int | tuple[int, int] | None) -> Tensor:
+    """(num, 4, height/8, width/8), drawn one picture after another on the CPU in float32.
 
     So it depends neither on the batch nor on the device. Raises ValueError for a size that
     the levels of the U-Net don't divide.
@@ -464,23 +486,26 @@ def starting_noise(sd: StableDiffusion, num: int, seed: int, size: int | None) -
         raise ValueError(f"seed is {seed}, choose 0 to {2**63 - 1}")
     factor, levels = sd.vae.config.factor, len(sd.unet.config.block_out_channels)
     size = sd.unet.config.sample_size * factor if size is None else size
+    width, height = (size, size) if isinstance(size, int) else size
     unit = factor * 2 ** (levels - 1)  # 64 pixels for Stable Diffusion v1
-    if size < unit or size % unit:
-        raise ValueError(f"size is {size}, choose a multiple of {unit}")
+    for side in (width, height):
+        if side < unit or side % unit:
+            raise ValueError(f"size is {side}, choose a multiple of {unit}")
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, sd.unet.config.in_channels, size // factor, size // factor)
+    shape = (1, sd.unet.config.in_channels, height // factor, width // factor)
     return torch.cat([torch.randn(shape, generator=generator) for _ in range(num)])
 
 
 @torch.no_grad()
 def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | list[int] = 0,
-             steps: int = 50, guidance: float = 7.5, size: int | None = None, negative: str = "",
-             batch: int = 8, progress: bool = False) -> list[Image.Image]:
+             steps: int = 50, guidance: float = 7.5, size: int | tuple[int, int] | None = None,
+             negative: str = "", batch: int = 8, progress: bool = False) -> list[Image.Image]:
     """`num` pictures of each prompt, one prompt after another.
 
     `seed` is one number, from which every prompt gets the same `num` noises, or one for each
-    prompt. `size` is in pixels (None: what the model was trained on), `negative` takes the empty
-    prompt's place in the guidance, `batch` pictures are made at once. Raises ValueError for an
+    prompt. `size` is in pixels, one side or (width, height); None is what the model was trained
+    on. `negative` takes the empty prompt's place in the guidance, `batch` pictures are made at
+    once. Raises ValueError for an
     impossible num, size, steps or seed.
     """
     if num < 1:
@@ -516,14 +541,20 @@ def contact_sheet(rows: list[tuple[str, list[Image.Image]]], least: int = 96) ->
     return sheet
 
 
+def open_image(file: Path) -> Image.Image:
+    """Raises ValueError for what is no picture."""
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} can't be opened as a picture: {error}") from error
+
+
 def save_png(image: Image.Image, path: Path, prompt: str, settings: dict) -> None:
     """A PNG that says in its text chunk how it was made; written whole or not at all."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("prompt", prompt)
     info.add_itxt("settings", json.dumps(settings, default=str))
-    part = path.with_name(path.name + ".part")
-    image.save(part, format="PNG", pnginfo=info)
-    os.replace(part, path)
+    write_whole(path, lambda part: image.save(part, format="PNG", pnginfo=info))
 
 
 def check_out(path: Path, suffix: str) -> None:
@@ -540,35 +571,112 @@ def check_out(path: Path, suffix: str) -> None:
     part.unlink()
 
 
+class Row(NamedTuple):
+    """A line of a prompt table: what to draw, and how where it says so."""
+
+    case: str
+    prompt: str
+    seed: int
+    guidance: float
+    size: tuple[int, int] | int | None
+
+
+def read_prompts(file: Path, guidance: float, size: int | None) -> list[Row]:
+    """The rows of a CSV table with the official evaluation's columns; others don't matter.
+
+    case_number (or image_id), prompt, evaluation_seed, and where there are any
+    evaluation_guidance, sd_image_width and sd_image_height. Raises ValueError for what isn't that.
+    """
+    rows: dict[str, Row] = {}
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as opened:
+            for line in csv.DictReader(opened):
+                case = line.get("case_number") or line["image_id"]
+                if case in rows or not re.fullmatch(r"[\w.-]+", case):
+                    raise ValueError(f"case {case!r} is there twice or can't be a file's name")
+                own = line.get("sd_image_width") and line.get("sd_image_height")
+                rows[case] = Row(
+                    case, line["prompt"], int(line["evaluation_seed"]),
+                    float(line.get("evaluation_guidance") or guidance),
+                    (int(line["sd_image_width"]), int(line["sd_image_height"])) if own else size)
+    except KeyError as error:
+        raise ValueError(f"{file} has no column {error}") from error
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{file}, after {len(rows)} rows: {error}") from error
+    return [*rows.values()]
+
+
+def draw_table(sd: StableDiffusion, rows: list[Row], folder: Path, num: int, steps: int,
+               negative: str, batch: int, settings: dict) -> None:
+    """Writes {case}_{i}.png for i < num of each row, leaves out what is there, says the count.
+
+    Of several processes under torchrun each takes its share of the rows.
+    """
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    there = {path.name for path in folder.iterdir()}
+    mine = [row for row in rows[rank::processes]
+            if not all(f"{row.case}_{i}.png" in there for i in range(num))]
+    bar = tqdm(total=len(mine), desc="rows", disable=rank > 0)
+    together = max(1, batch // num)  # rows
+    for (guidance, size), alike in itertools.groupby(mine, lambda row: (row.guidance, row.size)):
+        alike = [*alike]
+        for part in (alike[i:i + together] for i in range(0, len(alike), together)):
+            images = generate(sd, [row.prompt for row in part], num, [row.seed for row in part],
+                              steps, guidance, size, negative, batch)
+            for i, image in enumerate(images):
+                row = part[i // num]
+                save_png(image, folder / f"{row.case}_{i % num}.png", row.prompt, settings | {
+                    "seed": row.seed, "guidance": guidance, "size": size, "picture": i % num})
+            bar.update(len(part))
+    bar.close()
+    print(f"{folder}: {num * len(mine)} pictures made, {num * (len(rows[rank::processes]))} in all"
+          + (f" of process {rank}" if processes > 1 else ""))
+
+
 def run(args: argparse.Namespace) -> None:
     """What the command line asks for."""
-    check_out(args.out, ".png")
-    if args.singles:
-        args.singles.mkdir(parents=True, exist_ok=True)
-    sd = load(args.model, args.device, args.dtype, args.tokenizer, args.revision)
+    if bool(args.prompts) == bool(args.table):
+        raise ValueError("give prompts, or a table of them with --prompts")
+    table = read_prompts(args.table, args.guidance, args.size) if args.table else []
+    out = args.out or Path("samples" if table else "sample.png")
+    if not table:
+        check_out(out, ".png")
+    folder = out if table else args.singles
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    device = args.device
+    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    sd = load(args.model, device, args.dtype, args.tokenizer, args.revision)
     if args.erased:
         sd = load_erased(sd, args.erased)
     settings = {key: getattr(args, key) for key in (
         "model", "erased", "seed", "steps", "guidance", "negative", "size", "num")}
+    if table:
+        draw_table(sd, table, folder, args.num, args.steps, args.negative, args.batch, settings)
+        return
     images = generate(sd, args.prompts, args.num, args.seed, args.steps, args.guidance, args.size,
-                      args.negative, progress=True)
+                      args.negative, args.batch, progress=True)
     rows = [(prompt, images[i * args.num:(i + 1) * args.num])
             for i, prompt in enumerate(args.prompts)]
-    save_png(contact_sheet(rows), args.out, "\n".join(args.prompts), settings)
-    print(args.out)
-    for i, (prompt, pictures) in enumerate(rows if args.singles else []):
+    save_png(contact_sheet(rows), out, "\n".join(args.prompts), settings)
+    print(out)
+    for i, (prompt, pictures) in enumerate(rows if folder else []):
         for j, picture in enumerate(pictures):
-            save_png(picture, args.singles / f"{i}_{j}.png", prompt, settings | {"picture": j})
-            print(args.singles / f"{i}_{j}.png")
+            save_png(picture, folder / f"{i}_{j}.png", prompt, settings | {"picture": j})
+            print(folder / f"{i}_{j}.png")
 
 
 def fail_in_one_line(run: Callable, args: argparse.Namespace) -> None:
     """Runs a command; wrong input ends it with one line and exit status 2, without a traceback."""
     try:
         run(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -584,7 +692,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ...")
     parser.add_argument("--dtype", default="auto",
                         choices=["auto", "float32", "float16", "bfloat16"],
-                        help="of the model; auto: float32 on the CPU, else bfloat16")
+                        help="of the model; auto: float32 on the CPU, else bfloat16 or float16")
 
 
 def main() -> None:
@@ -592,14 +700,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Pictures from prompts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one row of pictures for each")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="one row of pictures for each")
+    parser.add_argument("--prompts", dest="table", type=Path, metavar="FILE.csv",
+                        help="a table with the columns case_number, prompt, evaluation_seed; what "
+                             "is in --out already isn't drawn again")
     add_model_arguments(parser)
     parser.add_argument("--erased", type=Path, help="weights that erase.py wrote")
     parser.add_argument("--num", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--guidance", type=float, default=7.5, help="scale of the guidance")
     parser.add_argument("--negative", default="", help="prompt to steer away from")
     parser.add_argument("--size", type=int, help="pixels; the model's own if not given")
-    parser.add_argument("--out", type=Path, default=Path("sample.png"), help="the contact sheet")
+    parser.add_argument("--batch", type=int, default=8, help="pictures that are made at once")
+    parser.add_argument("--out", type=Path, help="the contact sheet, sample.png if not given; of "
+                                                 "--prompts the folder, samples if not given")
     parser.add_argument("--singles", type=Path, help="a folder for each picture on its own")
     fail_in_one_line(run, parser.parse_args())
 

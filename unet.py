@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 
 SHARED = {  # what every U-Net of Stable Diffusion v1 has, as `unet/config.json` words it
@@ -297,6 +299,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # True: gradients take less memory and more time
         widths, n = config.block_out_channels, config.layers_per_block
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -315,6 +318,15 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
+    def run(self, block: nn.Module, *inputs: Tensor | list[Tensor]) -> Tensor | tuple:
+        """A block's output. With `checkpointing`, what happens inside is forgotten and computed
+        again for the gradient: with the weights of now, since erase.py swaps them for one call.
+        """
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(*inputs)
+        weights = dict(block.named_parameters())
+        return checkpoint(functional_call, block, weights, inputs, use_reentrant=False)
+
     def forward(self, x_t: Tensor, t: Tensor | int, text: Tensor) -> Tensor:
         """x_t: (B, 4, 64, 64), t: (B,) or a number, text: (B, 77, 768) -> eps: (B, 4, 64, 64).
 
@@ -328,12 +340,12 @@ class UNet(nn.Module):
         x = self.conv_in(x_t.to(dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, new = block(x, emb, text)
+            x, new = self.run(block, x, emb, text)
             skips += new
-        x = self.mid_block(x, emb, text)
+        x = self.run(self.mid_block, x, emb, text)
         for block in self.up_blocks:
             n = len(block.resnets)
-            x = block(x, emb, text, skips[-n:])
+            x = self.run(block, x, emb, text, skips[-n:])
             skips = skips[:-n]
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)
 

@@ -46,7 +46,7 @@ def record_layers():
 
 
 def record_compvis_names():
-    """CompVis's name -> diffusers' name, of all tensors; the keys of the file are sd-v1-4.ckpt's."""
+    """CompVis's name -> diffusers' name, of all tensors; the file's keys are sd-v1-4.ckpt's."""
     stored = json.loads((small.REFERENCE / "compvis.json").read_text())
     prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
     for part, convert in (("unet", convert_ldm_unet_checkpoint),

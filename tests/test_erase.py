@@ -34,7 +34,7 @@ def test_eta_minus_one_gives_back_the_conditional_prediction():
 
 def test_loss_is_one_mean_square_per_sample():
     """With known networks: the teacher says 1 without c and 3 with it, the student 0 or 5."""
-    text = erase.Text(concept=torch.full((2, 77, 4), 3.0), null=torch.ones(2, 77, 4))
+    text = erase.Text(concept=torch.full((2, 77, 4), 3.0), null=torch.ones(2, 77, 4), anchor=None)
 
     def teacher(x_t, t, c):
         assert not torch.is_grad_enabled()
@@ -47,6 +47,23 @@ def test_loss_is_one_mean_square_per_sample():
     x_t, t = torch.zeros(2, 4, 8, 8), tensor([1, 2])
     # target = 1 - 2 * (3 - 1) = -3, so (0 + 3)^2 and (5 + 3)^2
     assert erase.esd_loss(student, teacher, x_t, t, text, eta=2.0).tolist() == [9.0, 64.0]
+
+
+def test_loss_of_erasing_from_a_wider_concept():
+    """The teacher says 1 for nothing, 3 for the concept, 10 for the anchor; the student 0 or 5."""
+    text = erase.Text(*(torch.full((2, 77, 4), value) for value in (3.0, 1.0, 10.0)))
+
+    def teacher(x_t, t, c):
+        assert not torch.is_grad_enabled()
+        return torch.ones_like(x_t) * c[:, :1, :1, None]
+
+    def student(x_t, t, c):
+        assert c is text.anchor
+        return torch.ones_like(x_t) * tensor([0.0, 5.0]).view(2, 1, 1, 1)
+
+    x_t, t = torch.zeros(2, 4, 8, 8), tensor([1, 2])
+    # target = 10 - 2 * (3 - 1) = 6
+    assert erase.esd_from_loss(student, teacher, x_t, t, text, eta=2.0).tolist() == [36.0, 1.0]
 
 
 # Which parameters a method tunes
@@ -188,6 +205,157 @@ def test_half_precision_model_is_tuned_in_float32(folder):
     assert moved.float().mean() > 0.99  # in bfloat16, few weights would move by 1e-5
 
 
+# What x_t is, and t
+
+def batches(sd, concepts=("star",), **settings):
+    """(x_t, t, text) of every iteration."""
+    seen = []
+
+    def loss(unet, frozen, x_t, t, text, eta):
+        seen.append((x_t, t, text))
+        return erase.esd_loss(unet, frozen, x_t, t, text, eta)
+
+    erase.erase(sd, [*concepts], loss_fn=loss, **{"iterations": 8, "steps": 4, "lr": 1e-2}
+                | settings)
+    return seen
+
+
+def test_x_t_may_be_drawn_by_the_frozen_model(sd):
+    edited, frozen = batches(sd, iterations=9), batches(sd, iterations=9, drawn_by="frozen")
+    assert [t for _, t, _ in edited] == [t for _, t, _ in frozen]
+    for x_t, t, text in frozen:  # whatever theta has become
+        c, null = sd.encode(["star"]), sd.encode([""])
+        assert torch.equal(text.concept, c)
+    first = ddim.denoise(ddim.guided(sd.unet, c, null, 3.0), frozen[0][0], 4)
+    assert torch.equal(edited[0][0], frozen[0][0]) and first  # before theta has moved
+    late = [torch.equal(a[0], b[0]) for a, b in zip(edited, frozen) if a[1].item() != 751]
+    assert late.count(False) >= len(late) - 1  # x_T is noise, the others differ
+    still = batches(sd, iterations=9, drawn_by="frozen", lr=1.0)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(frozen, still))
+
+
+def test_t_is_exact_or_anywhere_in_its_step(sd):
+    exact = {t.item() for _, t, _ in batches(sd, iterations=30)}
+    assert exact == set(ddim.timesteps(4)) == {1, 251, 501, 751}
+    anywhere = [t.item() for _, t, _ in batches(sd, iterations=30, jitter=True)]
+    assert all(0 <= t <= 999 for t in anywhere) and len(set(anywhere)) > 20
+    assert len({t // 250 for t in anywhere}) == 4  # step k is 250 k to 250 k + 249
+
+
+def test_a_picture_is_noised_to_t(sd):
+    image = Image.linear_gradient("L").convert("RGB")
+    x_0 = sd.encode_images([image])
+    generator = torch.Generator().manual_seed(0)
+    for x_t, t, _ in batches(sd, images=[image], batch=2):
+        torch.randint(1, (1,), generator=generator)
+        assert ddim.timesteps(4)[torch.randint(4, (1,), generator=generator)] == t[0].item()
+        noise = torch.randn(2, 4, 8, 8, generator=generator)
+        abar = ddim.alphas_cumprod()[t[0]]
+        assert torch.allclose(x_t, abar.sqrt() * x_0 + (1 - abar).sqrt() * noise, atol=1e-6)
+
+
+def test_a_picture_belongs_to_its_title(sd):
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("black", "white")]
+    x_0 = sd.encode_images(images)
+    for x_t, _, text in batches(sd, ("star", "heart"), images=images, steps=1, iterations=6):
+        own = int(torch.equal(text.concept, sd.encode(["heart"])))
+        noise = (x_t - ddim.alphas_cumprod()[1].sqrt() * x_0).std(dim=(1, 2, 3))  # at t = 1
+        assert noise[own] < noise[1 - own]
+
+
+def test_latents_of_a_picture_are_those_of_the_vae(sd):
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+    x_0, = sd.encode_images([image])
+    pixels = torch.tensor(list(image.tobytes())).view(1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
+    assert torch.allclose(x_0, sd.vae.encode(pixels)[0][0] * 0.18215, atol=1e-6)
+    assert sd.encode_images([image.resize((640, 320))]).shape == (1, 4, 8, 8)
+
+
+def test_the_wider_concept_is_drawn_and_shown(sd):
+    for anchors in (["heart"], ["heart", "heart"]):
+        for _, _, text in batches(sd, ("star", "moon"), anchors=anchors, iterations=4):
+            assert torch.equal(text.anchor, sd.encode(["heart"]))
+    x_heart = batches(sd, ["heart"], drawn_by="frozen")
+    x_from = batches(sd, ["star"], anchors=["heart"], drawn_by="frozen")
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(x_heart, x_from))
+    assert all(torch.equal(text.anchor, text.concept) for _, _, text in x_heart)
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"anchors": ["a", "b"]}, "1 concepts and 2 anchors"),
+    ({"images": []}, None), ({"drawn_by": "me"}, "drawn_by is 'me'")])
+def test_settings_that_do_not_go_together(settings, says, sd):
+    if says is None:
+        return erase.erase(sd, ["star"], iterations=0, **settings)
+    with pytest.raises(ValueError, match=says):
+        erase.erase(sd, ["star"], iterations=0, **settings)
+
+
+# Interrupted, resumed, gone wrong
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_what_goes_on_from_a_state_ends_the_same_bit_for_bit(average, sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(erase, "KEEP_EVERY", 3)
+    settings = {"iterations": 7, "steps": 3, "lr": 1e-3, "average": average, "batch": 2}
+    states = []
+    whole = erase.erase(sd, ["star", "heart"], **settings,
+                        keep=lambda state: states.append(copy.deepcopy(state)))
+    assert [state["iteration"] for state in states] == [3, 6]
+    for state in states:
+        torch.save(state, tmp_path / "state")
+        again = erase.erase(sd, ["star", "heart"], **settings,
+                            state=torch.load(tmp_path / "state", weights_only=True))
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(sd):
+    def loss(unet, frozen, x_t, t, text, eta):
+        return erase.esd_loss(unet, frozen, x_t, t, text, eta) * torch.inf
+
+    with pytest.raises(ValueError, match=r"loss at iteration 0, t = \d+, isn't finite: try"):
+        erase.erase(sd, ["star"], loss_fn=loss, **QUICK)
+
+
+def test_float16_is_tuned_with_a_scaled_loss(folder):
+    """Unscaled, the gradients of the first steps are below what float16 can hold."""
+    sd = sample.load(folder, dtype="float16")
+    theta = erase.erase(sd, ["star"], iterations=1, steps=2, lr=1e-5)
+    start = dict(sd.unet.named_parameters())
+    moved = torch.cat([(theta[name] != start[name].float()).flatten() for name in theta])
+    assert moved.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("method", ["esd-x", "esd-u"])
+def test_checkpointing_changes_no_bit(method, folder):
+    results = []
+    for checkpointing in (False, True):
+        sd = sample.load(folder)
+        sd.unet.checkpointing = checkpointing
+        results.append(erase.erase(sd, ["star"], method, **QUICK))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_checkpointing_saves_less(sd, folder):
+    """The bytes that autograd keeps for the gradient, weights not counted."""
+    def kept(unet):
+        sizes = {}
+
+        def pack(saved):
+            sizes[saved.data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        weights = {p.data_ptr() for p in unet.parameters()}
+        x_t = torch.randn(1, 4, 8, 8, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            unet(x_t, 1, sd.encode(["star"]))
+        return sum(size for pointer, size in sizes.items() if pointer not in weights)
+
+    copied = sample.load(folder).unet
+    usual = kept(copied)
+    copied.checkpointing = True
+    assert kept(copied) < usual / 3
+
+
 # The file
 
 def test_the_same_seed_gives_the_same_file(sd, tmp_path):
@@ -228,7 +396,7 @@ def test_a_file_of_another_model_is_refused(sd, tmp_path):
     with pytest.raises(ValueError, match="down_blocks.9.weight isn't in the model"):
         sample.load_erased(sd, tmp_path / "other")
     save_file({}, tmp_path / "empty")
-    with pytest.raises(ValueError, match="the file is empty"):
+    with pytest.raises(ValueError, match="holds no tensors"):
         sample.load_erased(sd, tmp_path / "empty")
 
 
@@ -264,12 +432,13 @@ def test_the_command_writes_weights_and_a_picture(folder, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--model", "nowhere"], "nowhere isn't a folder"),
+    (["--model", "nowhere"], "nowhere is no file or folder here"),
     (["--steps", "1000"], "steps is 1000"),
     (["--iterations", "-1"], "iterations is -1"),
     (["--batch", "0"], "batch is 0"),
     (["--average", "1"], "average 1.0"),
-    (["--dtype", "float16"], "float16 is too coarse"),
+    (["--from", "a", "b"], "1 concepts and 2 anchors"),
+    (["--image", "README.md"], "README.md can't be opened as a picture"),
     (["--out", "star.png"], "star.png can't be written"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
@@ -280,3 +449,48 @@ def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, argume
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and says in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_is_resumed_to_the_same_file(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(erase, "KEEP_EVERY", 3)
+    command = ["star", "--model", folder, "--iterations", 8, "--steps", 2, "--average", 0.9]
+    run_main(monkeypatch, *command, "--out", tmp_path / "whole.safetensors")
+
+    out, steps = tmp_path / "broken.safetensors", []
+
+    def killed(self, *args):
+        steps.append(args)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return adam_step(self, *args)
+
+    adam_step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", killed)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *command, "--out", out)
+    assert stopped.value.code == 130 and not out.exists()
+    monkeypatch.setattr(torch.optim.Adam, "step", adam_step)
+
+    for change, says in ((["--resume", "--eta", 2], "made with eta = 1.0, not 2.0"),
+                         (["--resume", "--method", "esd-u"], "made with method = 'esd-x'"),
+                         (["--resume", "--iterations", 9], "made with iterations = 8"),
+                         ([], "broken.checkpoint is there already: choose another --out")):
+        with pytest.raises(SystemExit) as stopped:
+            run_main(monkeypatch, *command, "--out", out, *change)
+        assert stopped.value.code == 2 and says in capsys.readouterr().err
+    run_main(monkeypatch, *command, "--out", out, "--resume")
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not out.with_suffix(".checkpoint").exists()
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *command, "--out", out)
+    assert "broken.safetensors is there already" in capsys.readouterr().err
+
+
+def test_the_command_takes_pictures_and_wider_concepts(folder, tmp_path, monkeypatch):
+    Image.new("RGB", (50, 70), "red").save(tmp_path / "red.png")
+    quick = ["--model", folder, "--iterations", 1, "--steps", 2]
+    run_main(monkeypatch, "red", *quick, "--image", tmp_path / "red.png",
+             "--out", tmp_path / "a.safetensors")
+    run_main(monkeypatch, "hat", *quick, "--from", "cowboy", "--out", tmp_path / "b.safetensors")
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["settings"])["anchors"] == ["cowboy"]

@@ -39,7 +39,8 @@ def small_single(folder, monkeypatch):
     """Single files are always full-size; here they are of the small model's size."""
     for name, part in sample.PARTS.items():
         small_config = sample.read_part(folder, name).config
-        monkeypatch.setattr(part.config.__init__, "__defaults__", tuple(vars(small_config).values()))
+        defaults = tuple(vars(small_config).values())
+        monkeypatch.setattr(part.config.__init__, "__defaults__", defaults)
 
 
 @pytest.fixture
@@ -326,7 +327,8 @@ def test_an_inert_class_keeps_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content, says", [
     (b"", "is damaged"), (b"version https://git-lfs.github.com/spec/v1\n", "is damaged"),
-    (b"<!DOCTYPE html>", "is damaged or no file of tensors"), (b"PK\x03\x04 and no more", "is damaged"),
+    (b"<!DOCTYPE html>", "is damaged or no file of tensors"),
+    (b"PK\x03\x04 and no more", "is damaged"),
     (b"\xff\x00\x00\x00\x00\x00\x00\x00{ and no more", "is damaged")])
 def test_files_of_something_else(content, says, tmp_path):
     file = tmp_path / "model.ckpt"

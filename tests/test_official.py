@@ -30,7 +30,8 @@ PUPPY = {
 
 # diffusers, tests/models/autoencoders/test_models_autoencoder_kl.py, test_stable_diffusion_decode:
 # sample[-1, -2:, :2, -2:] for the seed of a noise that lies on the hub under this name
-NOISE = "https://huggingface.co/datasets/fusing/diffusers-testing/resolve/main/gaussian_noise_s={}_shape=3_4_64_64.npy"
+NOISE = ("https://huggingface.co/datasets/fusing/diffusers-testing/resolve/main/"
+         "gaussian_noise_s={}_shape=3_4_64_64.npy")
 DECODED = {
     13: [-0.2051, -0.1803, -0.2311, -0.2114, -0.3292, -0.3574, -0.2953, -0.3323],
     37: [-0.2632, -0.2625, -0.2199, -0.2741, -0.4539, -0.4990, -0.3720, -0.4925],

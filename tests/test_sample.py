@@ -71,7 +71,8 @@ def test_a_folder_without_a_part_is_refused(folder, tmp_path, part):
 def test_a_config_without_an_entry_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "vae" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="vae/config.json isn't one of Stable Diffusion v1: KeyError 'in_channels'"):
+    says = "vae/config.json isn't one of Stable Diffusion v1: KeyError 'block_out_channels'"
+    with pytest.raises(ValueError, match=says):
         sample.load(copy)
 
 

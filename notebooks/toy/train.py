@@ -239,8 +239,8 @@ def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
         features = torch.cat([sd.encode(texts[i:i + 64]) for i in range(0, len(texts), 64)])
     number = {text: i for i, text in enumerate(texts)}
     numbers = torch.tensor([number[caption] for caption in captions])
-    # The empty prompt is to mean "some object": in Stable Diffusion no single scene has a noticeable
-    # share of it, here a Christmas tree's star would now and then stand in an erased star's place.
+    # The empty prompt means "some object": no single scene has a noticeable share of it in Stable
+    # Diffusion, and here a Christmas tree's star would now and then replace an erased star.
     may_drop = torch.tensor([not world.is_scene_or_work(caption) for caption in captions])
     abar = ddim.alphas_cumprod()
     snr = abar / (1 - abar)

@@ -1,0 +1,163 @@
+"""What erasing takes on Stable Diffusion v1 at 512x512, batch 1: counted, and checked.
+
+    python tests/measure_memory.py                         # the table, without any weights
+    python tests/measure_memory.py --check esd-x           # one iteration on the CPU, in float32
+    python tests/measure_memory.py --check esd-x --checkpointing
+
+The table counts bytes on the meta device: weights, gradients and Adam from their shapes,
+activations as what autograd keeps at most at one time during a forward and a backward pass.
+Workspaces of the libraries and what the device itself takes come on top.
+"""
+
+import argparse
+import resource
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import erase  # noqa: E402
+import sample  # noqa: E402
+from clip_text import TextConfig, TextEncoder  # noqa: E402
+from unet import UNet, UNetConfig  # noqa: E402
+from vae import VAE, VAEConfig  # noqa: E402
+
+GB = 1e9
+
+
+class Kept:
+    """A tensor that autograd keeps; counts the bytes that are kept at a time."""
+
+    users: Counter = Counter()
+    live = peak = 0
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.key = tensor, tensor.untyped_storage()._cdata
+        Kept.users[self.key] += 1
+        if Kept.users[self.key] == 1:
+            Kept.live += tensor.untyped_storage().nbytes()
+            Kept.peak = max(Kept.peak, Kept.live)
+
+    def __del__(self):
+        Kept.users[self.key] -= 1
+        if Kept.users[self.key] == 0:
+            Kept.live -= self.tensor.untyped_storage().nbytes()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What a CPU or GPU runs; left to itself, the meta device keeps the matrix of all pairs."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+
+def activations(method: str, dtype: torch.dtype) -> tuple[int, int]:
+    """The most that autograd keeps at one time: usually, and with checkpointing.
+
+    With checkpointing that is the inputs of all blocks, and what is inside the largest.
+    """
+    with torch.device("meta"):
+        unet = UNet(UNetConfig()).to(dtype).requires_grad_(False)
+        x_t, t, text = torch.empty(1, 4, 64, 64), torch.ones(1), torch.empty(1, 77, 768)
+    parameters = dict(unet.named_parameters())
+    theta = {name: parameters[name].float().requires_grad_() for name in erase.select(unet, method)}
+    cast = {name: tensor.to(dtype) for name, tensor in theta.items()}
+    weights = {w.untyped_storage()._cdata for w in (*parameters.values(), *cast.values(),
+                                                    *theta.values())}
+    Kept.users, Kept.live, Kept.peak = Counter(), 0, 0
+
+    def pack(tensor):
+        return tensor if tensor.untyped_storage()._cdata in weights else Kept(tensor)
+
+    def unpack(kept):
+        return kept.tensor if isinstance(kept, Kept) else kept
+
+    inside, inputs_of_all = [], {}
+
+    def run(block, *inputs):
+        before = Kept.live
+        outputs = block(*inputs)
+        inside.append(Kept.live - before)
+        *tensors, last = inputs
+        for tensor in (*tensors, *(last if isinstance(last, list) else [last])):
+            inputs_of_all[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return outputs
+
+    unet.run = run
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = functional_call(unet, cast, (x_t, t, text.to(dtype))).square().mean()
+        usual = Kept.live
+        loss.backward()
+    assert Kept.peak >= usual and Kept.live == 0
+    return Kept.peak, max(inside) + sum(storage.nbytes() for storage in inputs_of_all.values())
+
+
+def others() -> int:
+    """Parameters of the VAE and the text encoder."""
+    with torch.device("meta"):
+        models = VAE(VAEConfig()), TextEncoder(TextConfig())
+    return sum(p.numel() for model in models for p in model.parameters())
+
+
+@mock.patch.object(F, "scaled_dot_product_attention", attention)
+def count(method: str, dtype: torch.dtype) -> list[float]:
+    """GB of: theta* and the other models; theta, its gradient and Adam; theta in half precision;
+    activations; and those with checkpointing."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig())
+    sizes = {name: p.numel() for name, p in unet.named_parameters()}
+    tuned = sum(sizes[name] for name in erase.select(unet, method))
+    width = torch.empty((), dtype=dtype).element_size()
+    copy = 0 if dtype == torch.float32 else tuned * width
+    return [x / GB for x in (
+        (sum(sizes.values()) + others()) * width, tuned * 4 * 4, copy,
+        *activations(method, dtype))]
+
+
+def table(dtype: torch.dtype) -> None:
+    print("| method | model | theta, gradient, Adam | theta, half precision | activations "
+          "| in all | activations, `--checkpointing` | in all |\n|---|---|---|---|---|---|---|---|")
+    for method in erase.METHODS:
+        *fixed, usual, checkpointed = count(method, dtype)
+        cells = [*fixed, usual, sum(fixed) + usual, checkpointed, sum(fixed) + checkpointed]
+        print(f"| {method} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+
+
+class OneToken:
+    """Stands in for CLIP's tokenizer, whose vocabulary isn't needed here."""
+
+    def __call__(self, prompts, **_):
+        ids = [[49406] + 76 * [49407] for _ in prompts]
+        return argparse.Namespace(input_ids=ids)
+
+
+def check(method: str, checkpointing: bool) -> None:
+    """One iteration with random weights; the process's peak beside the count."""
+    parts = [model(config()).requires_grad_(False) for model, config in (
+        (UNet, UNetConfig), (VAE, VAEConfig), (TextEncoder, TextConfig))]
+    sd = sample.StableDiffusion(*parts, OneToken())
+    sd.unet.checkpointing = checkpointing
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    weights = sum(p.numel() * 4 for part in parts for p in part.parameters()) / GB
+    erase.erase(sd, ["a concept"], method, iterations=1, steps=1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    *fixed, usual, checkpointed = count(method, torch.float32)
+    counted = sum(fixed) + (checkpointed if checkpointing else usual)
+    print(f"{method}, float32: counted {counted:.2f} GB, peak of the process {peak:.2f} GB, of which {before * 1024 / GB - weights:.2f} GB "
+          "Python and libraries")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory that erasing takes, in GB.")
+    parser.add_argument("--check", choices=erase.METHODS, metavar="METHOD")
+    parser.add_argument("--checkpointing", action="store_true")
+    args = parser.parse_args()
+    check(args.check, args.checkpointing) if args.check else table(torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main()
