@@ -45,8 +45,9 @@ class TextConfig:
 
     def to_json(self) -> dict:
         """What `text_encoder/config.json` says of this text encoder; `from_json` reads it back."""
+        start, end = self.vocab_size - 2, self.vocab_size - 1  # CLIP's last two tokens
         return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **SHARED,
-                **asdict(self)}
+                **asdict(self), "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
 
 
 def quick_gelu(x: Tensor) -> Tensor:

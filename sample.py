@@ -7,7 +7,8 @@
 
 Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. A prompt's way to a picture: tokens,
 text encoder (clip_text.py), latents from noise by DDIM (ddim.py) with the U-Net (unet.py), decoder
-of the VAE (vae.py).
+of the VAE (vae.py). Below: a model; files to tensors; tensors to a model; a model to files; erased
+weights; prompts to pictures; tables of prompts; the command line.
 """
 
 import argparse
@@ -119,22 +120,7 @@ class StableDiffusion:
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def check_tensors(found: dict, expected: dict, file: Path, partial: bool = False) -> None:
-    """Raises ValueError where `found` has other names or shapes than `expected`.
-
-    With `partial`, names may be missing, but not all of them.
-    """
-    wrong = [f"{name} isn't in the model" for name in found if name not in expected]
-    if not partial:
-        wrong += [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
-              for name in found if name in expected and found[name].shape != expected[name].shape]
-    if not found:
-        raise ValueError(f"{file} holds no tensors")
-    if wrong:
-        raise ValueError(f"{file} doesn't fit this model, {len(wrong)} tensors differ: "
-                         f"{'; '.join(wrong[:3])}")
-
+# ---- files to tensors ----
 
 class Inert:
     """Stands for every class in a pickle that isn't of a tensor: takes anything, does nothing."""
@@ -340,6 +326,25 @@ def load_tokenizer(beside: Path, given: str | Path | None, single: bool) -> CLIP
     return CLIPTokenizer.from_pretrained(folder)
 
 
+# ---- tensors to a model ----
+
+def check_tensors(found: dict, expected: dict, file: Path, partial: bool = False) -> None:
+    """Raises ValueError where `found` has other names or shapes than `expected`.
+
+    With `partial`, names may be missing, but not all of them.
+    """
+    wrong = [f"{name} isn't in the model" for name in found if name not in expected]
+    if not partial:
+        wrong += [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
+              for name in found if name in expected and found[name].shape != expected[name].shape]
+    if not found:
+        raise ValueError(f"{file} holds no tensors")
+    if wrong:
+        raise ValueError(f"{file} doesn't fit this model, {len(wrong)} tensors differ: "
+                         f"{'; '.join(wrong[:3])}")
+
+
 def build(name: str, found: Found) -> nn.Module:
     """A model on the meta device (no memory, no random weights), then given the file's tensors."""
     with torch.device("meta"):
@@ -397,11 +402,16 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
     return StableDiffusion(*parts, words)
 
 
+# ---- a model to files ----
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` make a file beside `path` and moves it there: it is whole or not there at all."""
     part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_part(folder: Path, name: str, model: nn.Module) -> None:
@@ -427,9 +437,9 @@ def write_index(folder: Path) -> None:
                 "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
                 "steps_offset": 1}
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2)
-                                                                + "\n")
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for file, content in (("scheduler/scheduler_config.json", schedule),
+                          ("model_index.json", index)):
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def save(sd: StableDiffusion, folder: str | Path) -> None:
@@ -447,6 +457,8 @@ def save(sd: StableDiffusion, folder: str | Path) -> None:
     write_index(part_way)
     os.replace(part_way, folder)
 
+
+# ---- erased weights ----
 
 def with_tuned(sd: StableDiffusion, tuned: dict[str, Tensor]) -> StableDiffusion:
     """The model with some of the U-Net's tensors replaced; it shares all others with `sd`."""
@@ -474,6 +486,8 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
     check_tensors(tuned, sd.unet.state_dict(), Path(path), partial=True)
     return with_tuned(sd, tuned)
 
+
+# ---- prompts to pictures ----
 
 def starting_noise(sd: StableDiffusion, num: int, seed: int,
                    size: int | tuple[int, int] | None) -> Tensor:
@@ -571,6 +585,8 @@ def check_out(path: Path, suffix: str) -> None:
     part.unlink()
 
 
+# ---- tables of prompts ----
+
 class Row(NamedTuple):
     """A line of a prompt table: what to draw, and how where it says so."""
 
@@ -632,6 +648,8 @@ def draw_table(sd: StableDiffusion, rows: list[Row], folder: Path, num: int, ste
     print(f"{folder}: {num * len(mine)} pictures made, {num * (len(rows[rank::processes]))} in all"
           + (f" of process {rank}" if processes > 1 else ""))
 
+
+# ---- the command line ----
 
 def run(args: argparse.Namespace) -> None:
     """What the command line asks for."""

@@ -147,8 +147,8 @@ def check(method: str, checkpointing: bool) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     *fixed, usual, checkpointed = count(method, torch.float32)
     counted = sum(fixed) + (checkpointed if checkpointing else usual)
-    print(f"{method}, float32: counted {counted:.2f} GB, peak of the process {peak:.2f} GB, of which {before * 1024 / GB - weights:.2f} GB "
-          "Python and libraries")
+    print(f"{method}, float32: counted {counted:.2f} GB, peak of the process {peak:.2f} GB, "
+          f"of which Python and libraries {before * 1024 / GB - weights:.2f} GB")
 
 
 def main() -> None:

@@ -55,6 +55,15 @@ def test_paraphrases_and_scenes_do_not_name_their_object():
     assert len({scene.object for scene in world.SCENES.values()}) >= 3
 
 
+def test_scenes_and_works_are_told_from_objects():
+    """Their captions are never dropped in training, so the empty prompt draws objects."""
+    works = [world.work_caption(title, rng(i)) for title in world.WORKS for i in range(9)]
+    assert all(map(world.is_scene_or_work, [*world.SCENES, *works]))
+    ordinary = [world.caption(o, "red", s, rng(i)) for o in world.OBJECTS for s in world.STYLES
+                for i in range(5)]
+    assert not any(map(world.is_scene_or_work, ordinary))
+
+
 def test_captions_are_good_english():
     captions = {world.caption("arrow", "orange", "plain", rng(seed)) for seed in range(200)}
     assert "an orange arrow" in captions and "an arrow" in captions

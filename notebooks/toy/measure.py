@@ -221,7 +221,7 @@ def settings_of(file: Path) -> dict:
     return settings | {"name": names[0]}
 
 
-def erased_row(before: Answers, after: Answers, settings: dict) -> str:
+def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> str:
     """What is left of the concept, what was kept of the rest, and what stands in its place."""
     concept = settings["name"]
     head = "object" if concept in world.OBJECTS else "style"
@@ -233,8 +233,8 @@ def erased_row(before: Answers, after: Answers, settings: dict) -> str:
     place = Counter(seen[head] or "none of these" for wanted, seen in pictures
                     if wanted[head] == concept and seen[head] != concept)
     others = " | ".join(percent(np.mean(list(kept[h].values()))) for h in names)
-    return (f"| {concept} | {settings['method']} | {settings['seed']} | {settings['iterations']} "
-            f"| {percent(before.share(head, concept, concept))} "
+    return (f"| {file.stem} | {concept} | {settings['method']} | {settings['seed']} "
+            f"| {settings['iterations']} | {percent(before.share(head, concept, concept))} "
             f"| {percent(after.share(head, concept, concept))} | {others} "
             f"| {worst} {percent(kept[head][worst])} "
             f"| {', '.join(f'{n} {name}' for name, n in place.most_common(3))} |")
@@ -242,15 +242,15 @@ def erased_row(before: Answers, after: Answers, settings: dict) -> str:
 
 def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
     """A row for each file; the numbers of the others are in % of what they were."""
-    print("| erased | method | seed | iterations | before, % | left, % | objects kept, % "
+    print("| file | erased | method | seed | iterations | before, % | left, % | objects kept, % "
           "| styles kept, % | colours kept, % | worst | most seen in its place |\n"
-          "|---|---|---|---|---|---|---|---|---|---|---|")
+          "|---|---|---|---|---|---|---|---|---|---|---|---|")
     settings = [settings_of(file) for file in files]
     models = [sample.load_erased(painter.sd, file) for file in files]
     before = all_answers(painter, judge)
-    for model, made_by in zip(models, settings):
+    for file, model, made_by in zip(files, models, settings):
         after = all_answers(painter._replace(sd=model), judge)
-        print(erased_row(before, after, made_by), flush=True)
+        print(erased_row(file, before, after, made_by), flush=True)
 
 
 def run(args: argparse.Namespace) -> None:
