@@ -1,7 +1,8 @@
 """Erases a concept from Stable Diffusion by fine-tuning its U-Net, without a single picture: ESD.
 
     python erase.py "Van Gogh" --out van-gogh.safetensors
-    python erase.py "star" --model notebooks/toy --lr 5e-4 --iterations 100 --out star.safetensors
+    python erase.py "star" --model notebooks/toy --eta 2 --lr 5e-4 --iterations 80 --steps 10 \\
+        --batch 4 --average 0.95 --out star.safetensors
 
 Gandikota, Materzynska, Fiotto-Kaufman, Bau: "Erasing Concepts from Diffusion Models", ICCV 2023,
 https://arxiv.org/abs/2303.07345. Equation numbers are that paper's.
@@ -13,6 +14,7 @@ theta the tuned tensors, the only ones in which the two differ.
 
 import argparse
 import json
+import sys
 import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -210,7 +212,10 @@ def save(theta: dict[str, Tensor], path: Path, dtype: torch.dtype, settings: dic
 
 def read_checkpoint(file: Path, settings: dict) -> dict:
     """The state that `erase` goes on from. Raises ValueError where other settings made it."""
-    saved = torch.load(file, weights_only=True)
+    try:
+        saved = torch.load(file, "cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{file} can't be read, remove it and begin anew") from error
     for key, value in settings.items():
         if saved["settings"][key] != value:
             raise ValueError(f"{file} was made with {key} = {saved['settings'][key]!r}, not "
@@ -244,10 +249,12 @@ def run(args: argparse.Namespace) -> None:
     """What the command line asks for."""
     picture, checkpoint = args.out.with_suffix(".png"), args.out.with_suffix(".checkpoint")
     sample.check_out(args.out, ".safetensors")
-    for file in (args.out, *([] if args.resume else [checkpoint])):
-        if file.exists():
-            raise ValueError(f"{file} is there already: choose another --out, or remove it"
-                             + (", or go on with --resume" if file == checkpoint else ""))
+    if args.out.exists():
+        raise ValueError(f"{args.out} is there already: choose another --out, or remove it")
+    if checkpoint.exists() and not args.resume:
+        raise ValueError(f"{checkpoint} is there already: go on from it with --resume, or remove it")
+    if args.resume and not checkpoint.exists():
+        raise ValueError(f"{checkpoint} isn't there: nothing to resume, leave out --resume")
     sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.revision)
     sd.unet.checkpointing = args.checkpointing
     names, parameters = select(sd.unet, args.method), dict(sd.unet.named_parameters())
@@ -259,16 +266,21 @@ def run(args: argparse.Namespace) -> None:
         "steps", "seed", "batch", "average", "drawn_by", "jitter")}
     settings |= {"image": [*map(str, args.image)], "dtype": str(sd.dtype),
                  "weights": fingerprint(sd.unet)}
-    state = read_checkpoint(checkpoint, settings) if checkpoint.exists() else None
+    state = read_checkpoint(checkpoint, settings) if args.resume else None
 
     def keep(state: dict) -> None:
         content = {"settings": settings, "state": state}
         sample.write_whole(checkpoint, lambda part: torch.save(content, part))
 
-    theta = erase(sd, args.concepts, args.method, args.eta, args.lr, args.iterations,
-                  esd_from_loss if args.anchors else esd_loss, args.guidance, args.steps, args.seed,
-                  args.batch, args.average, args.anchors, images, args.drawn_by, args.jitter, keep,
-                  state, progress=True)
+    try:
+        theta = erase(sd, args.concepts, args.method, args.eta, args.lr, args.iterations,
+                      esd_from_loss if args.anchors else esd_loss, args.guidance, args.steps,
+                      args.seed, args.batch, args.average, args.anchors, images, args.drawn_by,
+                      args.jitter, keep, state, progress=True)
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            print(f"{checkpoint} keeps what was reached: go on with --resume", file=sys.stderr)
+        raise
     save(theta, args.out, getattr(torch, args.save_dtype), settings)
     checkpoint.unlink(missing_ok=True)
     print(args.out)

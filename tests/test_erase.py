@@ -475,15 +475,19 @@ def test_a_killed_run_is_resumed_to_the_same_file(folder, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stopped:
         run_main(monkeypatch, *command, "--out", out)
     assert stopped.value.code == 130 and not out.exists()
+    assert "broken.checkpoint keeps what was reached" in capsys.readouterr().err
     monkeypatch.setattr(torch.optim.Adam, "step", adam_step)
 
     for change, says in ((["--resume", "--eta", 2], "made with eta = 1.0, not 2.0"),
                          (["--resume", "--method", "esd-u"], "made with method = 'esd-x'"),
                          (["--resume", "--iterations", 9], "made with iterations = 8"),
-                         ([], "broken.checkpoint is there already: choose another --out")):
+                         ([], "broken.checkpoint is there already: go on from it with --resume")):
         with pytest.raises(SystemExit) as stopped:
             run_main(monkeypatch, *command, "--out", out, *change)
         assert stopped.value.code == 2 and says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *command, "--out", tmp_path / "new.safetensors", "--resume")
+    assert "new.checkpoint isn't there: nothing to resume" in capsys.readouterr().err
     run_main(monkeypatch, *command, "--out", out, "--resume")
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert not out.with_suffix(".checkpoint").exists()

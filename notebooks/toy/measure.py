@@ -169,38 +169,33 @@ def frechet_line(painter: Painter, judge: Judge, count: int = 1000) -> None:
           f"{frechet(made, rendered[1]):.2f}, rendered to rendered {frechet(*rendered):.2f}")
 
 
-def mixed() -> list[Question]:
-    """a red star in the style of mosaic: each colour and each style in 60 pictures"""
-    suffix = {s: "" if s == "plain" else f" in the style of {s}" for s in world.STYLES}
-    return [Question(with_article(f"{c} {o}") + suffix[s], 1,
-                     {"object": o, "colour": c, "style": s})
-            for o in world.OBJECTS for c in world.COLOURS for s in world.STYLES]
-
-
 class Answers(NamedTuple):
-    """What the judge saw in a model's pictures: (wanted, seen) for each picture."""
+    """What the judge saw in a model's pictures, (wanted, seen) for each: 50 or more of a class."""
 
-    objects: list[tuple[dict, dict]]  # 50 of each object: "a star"
-    mixed: list[tuple[dict, dict]]  # one of each object, colour and style
+    object: list[tuple[dict, dict]]  # "a star"
+    style: list[tuple[dict, dict]]  # "a star in the style of mosaic"; "a star" is plain
+    colour: list[tuple[dict, dict]]  # "a red star"
 
     def share(self, head: str, name: str, concept: str) -> float:
         """How often `name` is seen where it is asked for, and the erased concept isn't."""
-        answers = self.objects if head == "object" else self.mixed
-        return np.mean([seen[head] == name for wanted, seen in answers if wanted[head] == name
+        return np.mean([seen[head] == name for wanted, seen in getattr(self, head)
+                        if wanted[head] == name
                         and (name == concept or concept not in wanted.values())])
 
 
 def all_answers(painter: Painter, judge: Judge) -> Answers:
-    """Draws 860 pictures, each from a seed of its own, and has them judged."""
-    both = []
-    for questions in (objects(50), mixed()):
+    """Draws 1050 pictures, each from a seed of its own, and has them judged."""
+    kinds = []
+    for questions in (objects(50), styled(5), coloured(5)):
         prompts = [q.prompt for q in questions for _ in range(q.num)]
         wanted = [q.wanted for q in questions for _ in range(q.num)]
         seeds = [painter.seed + i for i in range(len(prompts))]
         images = sample.generate(painter.sd, prompts, seed=seeds, steps=painter.steps,
                                  guidance=painter.guidance, batch=50, progress=True)
-        both.append(list(zip(wanted, judging.read(judge, images))))
-    return Answers(*both)
+        kinds.append(list(zip(wanted, judging.read(judge, images))))
+    bare, styled_ones, coloured_ones = kinds
+    plain = [(wanted | {"style": "plain"}, seen) for wanted, seen in bare]
+    return Answers(bare, plain + styled_ones, coloured_ones)
 
 
 def settings_of(file: Path) -> dict:
@@ -229,8 +224,7 @@ def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> s
     kept = {h: {n: after.share(h, n, concept) / before.share(h, n, concept)
                 for n in names[h] if n != concept} for h in names}
     worst = min(kept[head], key=kept[head].get)
-    pictures = after.objects if head == "object" else after.mixed
-    place = Counter(seen[head] or "none of these" for wanted, seen in pictures
+    place = Counter(seen[head] or "none of these" for wanted, seen in getattr(after, head)
                     if wanted[head] == concept and seen[head] != concept)
     others = " | ".join(percent(np.mean(list(kept[h].values()))) for h in names)
     return (f"| {file.stem} | {concept} | {settings['method']} | {settings['seed']} "
