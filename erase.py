@@ -1,8 +1,7 @@
 """Erases a concept from Stable Diffusion by fine-tuning its U-Net, without a single picture: ESD.
 
     python erase.py "Van Gogh" --out van-gogh.safetensors
-    python erase.py "star" --model notebooks/toy --eta 2 --lr 5e-4 --iterations 80 --steps 10 \\
-        --batch 4 --average 0.95 --out star.safetensors
+    python erase.py "star" --model notebooks/toy --lr 5e-4 --iterations 80 --steps 10 --batch 4
 
 Gandikota, Materzynska, Fiotto-Kaufman, Bau: "Erasing Concepts from Diffusion Models", ICCV 2023,
 https://arxiv.org/abs/2303.07345. Equation numbers are that paper's.
@@ -322,7 +321,7 @@ def main() -> None:
     add("--save-dtype", default="float16", choices=["float16", "float32"], help="of the file")
     add("--out", type=Path, default=Path("erased.safetensors"),
         help="the tuned tensors; the picture goes beside them")
-    sample.fail_in_one_line(run, parser.parse_args())
+    sample.fail_in_one_line(run, parser.parse_intermixed_args())
 
 
 if __name__ == "__main__":

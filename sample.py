@@ -732,7 +732,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the contact sheet, sample.png if not given; of "
                                                  "--prompts the folder, samples if not given")
     parser.add_argument("--singles", type=Path, help="a folder for each picture on its own")
-    fail_in_one_line(run, parser.parse_args())
+    fail_in_one_line(run, parser.parse_intermixed_args())
 
 
 if __name__ == "__main__":
