@@ -133,7 +133,9 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
     Raises ValueError for impossible settings, and where the loss isn't finite.
     """
     concepts = [concepts] if isinstance(concepts, str) else concepts
-    anchors = concepts if anchors is None else anchors * (len(concepts) if len(anchors) == 1 else 1)
+    anchors = concepts if anchors is None else anchors
+    if len(anchors) == 1:
+        anchors = anchors * len(concepts)
     check_settings(concepts, anchors, images, iterations, batch, average, drawn_by)
     frozen, times = sd.unet, ddim.timesteps(steps)
     parameters = dict(frozen.named_parameters())
@@ -216,8 +218,8 @@ def read_checkpoint(file: Path, settings: dict) -> dict:
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{file} can't be read, remove it and begin anew") from error
     for key, value in settings.items():
-        if saved["settings"][key] != value:
-            raise ValueError(f"{file} was made with {key} = {saved['settings'][key]!r}, not "
+        if saved["settings"].get(key) != value:
+            raise ValueError(f"{file} was made with {key} = {saved['settings'].get(key)!r}, not "
                              f"{value!r}: take its settings, or another --out")
     return saved["state"]
 
@@ -251,7 +253,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise ValueError(f"{args.out} is there already: choose another --out, or remove it")
     if checkpoint.exists() and not args.resume:
-        raise ValueError(f"{checkpoint} is there already: go on from it with --resume, or remove it")
+        raise ValueError(f"{checkpoint} is there already: go on with --resume, or remove it")
     if args.resume and not checkpoint.exists():
         raise ValueError(f"{checkpoint} isn't there: nothing to resume, leave out --resume")
     sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.revision)

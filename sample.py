@@ -464,10 +464,7 @@ def with_tuned(sd: StableDiffusion, tuned: dict[str, Tensor]) -> StableDiffusion
     """The model with some of the U-Net's tensors replaced; it shares all others with `sd`."""
     weights = sd.unet.state_dict()
     weights |= {name: tensor.to(weights[name]) for name, tensor in tuned.items()}
-    with torch.device("meta"):
-        tuned_unet = unet.UNet(sd.unet.config)
-    tuned_unet.load_state_dict(weights, assign=True)
-    return replace(sd, unet=tuned_unet.requires_grad_(False))
+    return replace(sd, unet=build("unet", Found(sd.unet.config, weights, Path("tuned weights"))))
 
 
 def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
@@ -519,11 +516,10 @@ def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | 
     `seed` is one number, from which every prompt gets the same `num` noises, or one for each
     prompt. `size` is in pixels, one side or (width, height); None is what the model was trained
     on. `negative` takes the empty prompt's place in the guidance, `batch` pictures are made at
-    once. Raises ValueError for an
-    impossible num, size, steps or seed.
+    once. Raises ValueError for an impossible num, batch, size, steps or seed.
     """
-    if num < 1:
-        raise ValueError(f"num is {num}, choose 1 or more")
+    if num < 1 or batch < 1:
+        raise ValueError(f"num is {num}, batch {batch}: choose 1 or more")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
     noise = torch.cat([starting_noise(sd, num, s, size) for s in seeds])  # (P*num, 4, H, W)
@@ -626,11 +622,15 @@ def draw_table(sd: StableDiffusion, rows: list[Row], folder: Path, num: int, ste
                negative: str, batch: int, settings: dict) -> None:
     """Writes {case}_{i}.png for i < num of each row, leaves out what is there, says the count.
 
-    Of several processes under torchrun each takes its share of the rows.
+    Of several processes under torchrun each takes its share of the rows. Raises ValueError as
+    `generate` does.
     """
+    if num < 1 or batch < 1:
+        raise ValueError(f"num is {num}, batch {batch}: choose 1 or more")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     there = {path.name for path in folder.iterdir()}
-    mine = [row for row in rows[rank::processes]
+    share = rows[rank::processes]
+    mine = [row for row in share
             if not all(f"{row.case}_{i}.png" in there for i in range(num))]
     bar = tqdm(total=len(mine), desc="rows", disable=rank > 0)
     together = max(1, batch // num)  # rows
@@ -645,7 +645,7 @@ def draw_table(sd: StableDiffusion, rows: list[Row], folder: Path, num: int, ste
                     "seed": row.seed, "guidance": guidance, "size": size, "picture": i % num})
             bar.update(len(part))
     bar.close()
-    print(f"{folder}: {num * len(mine)} pictures made, {num * (len(rows[rank::processes]))} in all"
+    print(f"{folder}: {num * len(mine)} pictures made, {num * len(share)} in all"
           + (f" of process {rank}" if processes > 1 else ""))
 
 

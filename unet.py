@@ -318,7 +318,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def run(self, block: nn.Module, *inputs: Tensor | list[Tensor]) -> Tensor | tuple:
+    def call_block(self, block: nn.Module, *inputs: Tensor | list[Tensor]) -> Tensor | tuple:
         """A block's output. With `checkpointing`, what happens inside is forgotten and computed
         again for the gradient: with the weights of now, since erase.py swaps them for one call.
         """
@@ -340,12 +340,12 @@ class UNet(nn.Module):
         x = self.conv_in(x_t.to(dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, new = self.run(block, x, emb, text)
+            x, new = self.call_block(block, x, emb, text)
             skips += new
-        x = self.run(self.mid_block, x, emb, text)
+        x = self.call_block(self.mid_block, x, emb, text)
         for block in self.up_blocks:
             n = len(block.resnets)
-            x = self.run(block, x, emb, text, skips[-n:])
+            x = self.call_block(block, x, emb, text, skips[-n:])
             skips = skips[:-n]
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)
 

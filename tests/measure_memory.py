@@ -78,7 +78,7 @@ def activations(method: str, dtype: torch.dtype) -> tuple[int, int]:
 
     inside, inputs_of_all = [], {}
 
-    def run(block, *inputs):
+    def call_block(block, *inputs):
         before = Kept.live
         outputs = block(*inputs)
         inside.append(Kept.live - before)
@@ -87,7 +87,7 @@ def activations(method: str, dtype: torch.dtype) -> tuple[int, int]:
             inputs_of_all[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return outputs
 
-    unet.run = run
+    unet.call_block = call_block
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         loss = functional_call(unet, cast, (x_t, t, text.to(dtype))).square().mean()
         usual = Kept.live

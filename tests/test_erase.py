@@ -32,25 +32,12 @@ def test_eta_minus_one_gives_back_the_conditional_prediction():
     assert torch.allclose(erase.esd_target(eps_null, eps_c, -1.0), eps_c, atol=1e-12)
 
 
-def test_loss_is_one_mean_square_per_sample():
-    """With known networks: the teacher says 1 without c and 3 with it, the student 0 or 5."""
-    text = erase.Text(concept=torch.full((2, 77, 4), 3.0), null=torch.ones(2, 77, 4), anchor=None)
-
-    def teacher(x_t, t, c):
-        assert not torch.is_grad_enabled()
-        return torch.ones_like(x_t) * c[:, :1, :1, None]
-
-    def student(x_t, t, c):
-        assert c is text.concept
-        return torch.ones_like(x_t) * tensor([0.0, 5.0]).view(2, 1, 1, 1)
-
-    x_t, t = torch.zeros(2, 4, 8, 8), tensor([1, 2])
-    # target = 1 - 2 * (3 - 1) = -3, so (0 + 3)^2 and (5 + 3)^2
-    assert erase.esd_loss(student, teacher, x_t, t, text, eta=2.0).tolist() == [9.0, 64.0]
-
-
-def test_loss_of_erasing_from_a_wider_concept():
-    """The teacher says 1 for nothing, 3 for the concept, 10 for the anchor; the student 0 or 5."""
+@pytest.mark.parametrize("loss, shown, expected", [
+    (erase.esd_loss, "concept", [9.0, 64.0]),  # target = 1 - 2 * (3 - 1) = -3
+    (erase.esd_from_loss, "anchor", [36.0, 1.0]),  # target = 10 - 2 * (3 - 1) = 6
+])
+def test_a_loss_is_one_mean_square_per_sample(loss, shown, expected):
+    """The teacher says 3 for the concept, 1 for nothing, 10 for the anchor; the student 0 or 5."""
     text = erase.Text(*(torch.full((2, 77, 4), value) for value in (3.0, 1.0, 10.0)))
 
     def teacher(x_t, t, c):
@@ -58,12 +45,11 @@ def test_loss_of_erasing_from_a_wider_concept():
         return torch.ones_like(x_t) * c[:, :1, :1, None]
 
     def student(x_t, t, c):
-        assert c is text.anchor
+        assert c is getattr(text, shown)
         return torch.ones_like(x_t) * tensor([0.0, 5.0]).view(2, 1, 1, 1)
 
     x_t, t = torch.zeros(2, 4, 8, 8), tensor([1, 2])
-    # target = 10 - 2 * (3 - 1) = 6
-    assert erase.esd_from_loss(student, teacher, x_t, t, text, eta=2.0).tolist() == [36.0, 1.0]
+    assert loss(student, teacher, x_t, t, text, eta=2.0).tolist() == expected
 
 
 # Which parameters a method tunes
@@ -240,6 +226,11 @@ def test_t_is_exact_or_anywhere_in_its_step(sd):
     anywhere = [t.item() for _, t, _ in batches(sd, iterations=30, jitter=True)]
     assert all(0 <= t <= 999 for t in anywhere) and len(set(anywhere)) > 20
     assert len({t // 250 for t in anywhere}) == 4  # step k is 250 k to 250 k + 249
+    for seed in range(10):  # of 500 steps each has two times, so a t beside them shows soon
+        settings = {"steps": 500, "iterations": 1, "seed": seed, "images": [Image.new("L", (8, 8))]}
+        (_, step, _), = batches(sd, **settings)
+        (_, t, _), = batches(sd, **settings, jitter=True)
+        assert t // 2 == step // 2
 
 
 def test_a_picture_is_noised_to_t(sd):
@@ -481,7 +472,7 @@ def test_a_killed_run_is_resumed_to_the_same_file(folder, tmp_path, monkeypatch,
     for change, says in ((["--resume", "--eta", 2], "made with eta = 1.0, not 2.0"),
                          (["--resume", "--method", "esd-u"], "made with method = 'esd-x'"),
                          (["--resume", "--iterations", 9], "made with iterations = 8"),
-                         ([], "broken.checkpoint is there already: go on from it with --resume")):
+                         ([], "broken.checkpoint is there already: go on with --resume")):
         with pytest.raises(SystemExit) as stopped:
             run_main(monkeypatch, *command, "--out", out, *change)
         assert stopped.value.code == 2 and says in capsys.readouterr().err

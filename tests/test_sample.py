@@ -192,6 +192,7 @@ def test_pictures_say_how_they_were_made(folder, tmp_path, monkeypatch, capsys):
     (["--steps", "0"], "steps is 0"),
     (["--size", "65"], "size is 65"),
     (["--num", "0"], "num is 0"),
+    (["--batch", "0"], "batch 0"),
     (["--erased", "nothing.safetensors"], "nothing.safetensors"),
     (["--device", "abacus"], "abacus"),
     (["--seed", "-1"], "seed is -1"),

@@ -65,6 +65,13 @@ def test_a_row_is_what_generate_gives(table, sd, folder, tmp_path, monkeypatch):
     assert (pixels(other) - pixels(found)).abs().max() > 1
 
 
+def test_rows_of_one_batch_keep_their_seeds(table, sd, folder, tmp_path, monkeypatch):
+    draw(monkeypatch, folder, table("coco"), tmp_path / "out")
+    for prompt, seed, case in (("a star", 11, "391895"), ("a heart", 12, "60623")):
+        found = pixels([Image.open(tmp_path / "out" / f"{case}_0.png")])
+        assert (pixels(sample.generate(sd, [prompt], seed=seed, steps=2)) - found).abs().max() <= 1
+
+
 def test_a_row_depends_on_nothing_but_itself(table, folder, tmp_path, monkeypatch):
     for out, batch in (("one", 1), ("many", 8)):
         draw(monkeypatch, folder, table("i2p"), tmp_path / out, "--batch", batch)
@@ -121,6 +128,13 @@ def test_wrong_tables_get_one_line(content, says, folder, tmp_path, monkeypatch,
     line = fails_in_one_line(monkeypatch, capsys, "--prompts", tmp_path / "t.csv", "--model",
                              folder, "--out", tmp_path / "out")
     assert says in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--num", "--batch"])
+def test_no_pictures_are_no_table(option, table, folder, tmp_path, monkeypatch, capsys):
+    line = fails_in_one_line(monkeypatch, capsys, "--prompts", table("coco"), "--model", folder,
+                             "--out", tmp_path / "out", option, 0)
+    assert "choose 1 or more" in line
 
 
 def test_prompts_or_a_table_not_both_not_none(table, folder, monkeypatch, capsys):

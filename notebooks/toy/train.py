@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -97,8 +96,7 @@ def fit(name: str, model: nn.Module, loss: Callable[[torch.Generator], Tensor], 
         if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                      "average": average, "step": step + 1}
-            torch.save(state, f"{checkpoint}.part")
-            os.replace(f"{checkpoint}.part", checkpoint)
+            sample.write_whole(checkpoint, functools.partial(torch.save, state))
     model.load_state_dict(average)
 
 
