@@ -377,13 +377,15 @@ COMPVIS_RESNET = {
 def rename(weights: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """Published tensors under this file's names, be they CompVis's or diffusers'."""
     per_level = config.layers_per_block + 1  # input_blocks end a level with the downsampler
+    patterns = [(re.compile(re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)"), new)
+                for theirs, new in COMPVIS.items()]
 
     def ours(name: str) -> str:
-        for theirs, new in COMPVIS.items():
-            found = re.match(re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)", name)
+        for theirs, new in patterns:
+            found = theirs.match(name)
             if found:
-                n = int(found[1]) if "N" in theirs else 0
-                n -= theirs.startswith("input_blocks")  # number 0 is conv_in
+                n = int(found[1]) if found.groups() else 0
+                n -= name.startswith("input_blocks")  # number 0 is conv_in
                 new = new.replace("L", str(n // per_level)).replace("P", str(n % per_level))
                 name = new + name[found.end():]
                 break

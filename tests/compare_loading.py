@@ -5,13 +5,14 @@ diffusers is no part of this project, install it by hand:
     pip install diffusers==0.42.1 accelerate
     python tests/compare_loading.py FOLDER [--single FILE ...]
 
-FOLDER is Stable Diffusion v1 in diffusers' layout. Each row is a process of its own; it loads
-twice and gives the second time (the file is then in the page cache), and the process's peak after
-one picture of 256x256 in two steps.
+FOLDER is Stable Diffusion v1 in diffusers' layout. Each row is a process of its own; it loads six
+times and gives the median of the last five (the file is then in the page cache), and the process's
+peak after one picture of 256x256 in two steps.
 """
 
 import argparse
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -43,13 +44,14 @@ def theirs(path, _):
 
 def measure(who: str, path: str, tokenizer: str) -> None:
     load, draw = {"minESD": ours, "diffusers": theirs}[who](path, tokenizer)
-    model = load()
-    began = time.perf_counter()
-    model = load()
-    seconds = time.perf_counter() - began
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        model = load()
+        times.append(time.perf_counter() - began)
     draw(model)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"| {who} | {Path(path).name} | {seconds:.2f} | {peak:.2f} |")
+    print(f"| {who} | {Path(path).name} | {statistics.median(times[1:]):.2f} | {peak:.2f} |")
 
 
 def main() -> None:
