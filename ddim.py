@@ -4,13 +4,14 @@
 
 Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, https://arxiv.org/abs/2010.02502
 Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, https://arxiv.org/abs/2207.12598
+Schramowski et al., "Safe Latent Diffusion", CVPR 2023, https://arxiv.org/abs/2211.05105
 
 Symbols: t time, 0 (nearly a picture) to 999 (noise); x_t latent at time t; eps noise in it; abar
 alpha-bar of DDPM, which the DDIM paper writes alpha; c, null the prompt and the empty prompt.
 DDIM's own eta is 0 here, always: sampling adds no noise, and "eta" is free for ESD's strength.
 """
 
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,61 @@ def guided(unet: Callable, text: Tensor, null: Tensor, scale: float) -> Callable
     def predict(x_t: Tensor, t: int) -> Tensor:
         eps_null, eps_c = unet(torch.cat([x_t, x_t]), t, both).chunk(2)
         return guide(eps_null, eps_c, scale)
+
+    return predict
+
+
+class Safety(NamedTuple):
+    """How Safe Latent Diffusion steers away from a concept; its symbols beside ours."""
+
+    delta: int  # steps, out of 50, before it counts
+    scale: float  # s_S
+    threshold: float  # lambda
+    momentum_scale: float  # s_m
+    beta: float  # beta_m, decay of the momentum
+
+
+SLD = {
+    "weak": Safety(15, 200, 0.0, 0.0, 0.0),
+    "medium": Safety(10, 1000, 0.01, 0.3, 0.4),
+    "strong": Safety(7, 2000, 0.025, 0.5, 0.7),
+    "max": Safety(0, 5000, 1.0, 0.5, 0.7),
+}
+
+
+def safe_direction(eps_null: Tensor, eps_c: Tensor, eps_s: Tensor, momentum: Tensor,
+                   safety: Safety) -> tuple[Tensor, Tensor]:
+    """gamma, what Safe Latent Diffusion takes away from the guidance, and the next momentum nu.
+
+    mu    = 0 where eps_c - eps_s >= lambda, else min(1, s_S |eps_c - eps_s|)
+    gamma = mu (eps_s - eps_null) + s_m nu
+    nu    = beta_m nu + (1 - beta_m) gamma
+
+    s is the concept to avoid; all are (B, 4, H, W). The paper has a max in mu, which would leave
+    nothing of its scale; min is what its code does.
+    """
+    mu = (safety.scale * (eps_c - eps_s).abs()).clamp(max=1)
+    mu = mu.where(eps_c - eps_s < safety.threshold, 0)
+    gamma = mu * (eps_s - eps_null) + safety.momentum_scale * momentum
+    return gamma, safety.beta * momentum + (1 - safety.beta) * gamma
+
+
+def safe_guided(unet: Callable, text: Tensor, null: Tensor, safe: Tensor, scale: float,
+                safety: Safety) -> Callable:
+    """As `guided`, and away from the concept `safe`, (B, 77, 768): Safe Latent Diffusion.
+
+    eps = eps_null + scale * (eps_c - eps_null - gamma)
+
+    gamma counts from step delta on. The function remembers the momentum: one for each way.
+    """
+    three, momentum = torch.cat([null, text, safe]), torch.zeros(())
+
+    def predict(x_t: Tensor, t: int) -> Tensor:
+        nonlocal momentum
+        eps_null, eps_c, eps_s = unet(torch.cat([x_t] * 3), t, three).chunk(3)
+        gamma, momentum = safe_direction(eps_null, eps_c, eps_s, momentum.to(x_t), safety)
+        counts = t <= TRAIN_STEPS * (1 - safety.delta / 50)
+        return guide(eps_null, eps_c - gamma if counts else eps_c, scale)
 
     return predict
 

@@ -514,26 +514,34 @@ def starting_noise(sd: StableDiffusion, num: int, seed: int,
 @torch.no_grad()
 def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | list[int] = 0,
              steps: int = 50, guidance: float = 7.5, size: int | tuple[int, int] | None = None,
-             negative: str = "", batch: int = 8, progress: bool = False) -> list[Image.Image]:
+             negative: str = "", batch: int = 8, progress: bool = False, safe: str = "",
+             sld: str = "medium") -> list[Image.Image]:
     """`num` pictures of each prompt, one prompt after another.
 
     `seed` is one number, from which every prompt gets the same `num` noises, or one for each
     prompt. `size` is in pixels, one side or (width, height); None is what the model was trained
     on. `negative` takes the empty prompt's place in the guidance, `batch` pictures are made at
-    once. Raises ValueError for an impossible num, batch, size, steps or seed.
+    once. `safe` is a concept to avoid by Safe Latent Diffusion, in one of ddim.SLD's settings.
+    Raises ValueError for an impossible num, batch, size, steps, seed or sld.
     """
     if num < 1 or batch < 1:
         raise ValueError(f"num is {num}, batch {batch}: choose 1 or more")
+    if sld not in ddim.SLD:
+        raise ValueError(f"sld is {sld!r}, choose from {', '.join(ddim.SLD)}")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
     noise = torch.cat([starting_noise(sd, num, s, size) for s in seeds])  # (P*num, 4, H, W)
     text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P*num, 77, 768)
-    null = sd.encode([negative])
+    null, avoid = sd.encode([negative]), sd.encode([safe])
     total = len(noise) * len(ddim.timesteps(steps))
     images = []
     with tqdm(total=total, unit="step", disable=not progress) as bar:
         for x_t, c in zip(noise.to(sd.device).split(batch), text.split(batch), strict=True):
-            predict = ddim.guided(sd.unet, c, null.expand_as(c), guidance)
+            null_c = null.expand_as(c)
+            predict = ddim.guided(sd.unet, c, null_c, guidance)
+            if safe:
+                predict = ddim.safe_guided(sd.unet, c, null_c, avoid.expand_as(c), guidance,
+                                           ddim.SLD[sld])
             for t, x_t in ddim.denoise(predict, x_t, steps):
                 bar.update(len(x_t) if t else 0)
             images += sd.decode(x_t)
@@ -622,11 +630,11 @@ def read_prompts(file: Path, guidance: float, size: int | None) -> list[Row]:
     return [*rows.values()]
 
 
-def draw_table(sd: StableDiffusion, rows: list[Row], folder: Path, num: int, steps: int,
-               negative: str, batch: int, settings: dict) -> None:
+def draw_table(sd: StableDiffusion, rows: list[Row], folder: Path, num: int, batch: int,
+               how: dict, settings: dict) -> None:
     """Writes {case}_{i}.png for i < num of each row, leaves out what is there, says the count.
 
-    Of several processes under torchrun each takes its share of the rows. Raises ValueError as
+    `how`: what `generate` takes beside what a row says. Of several processes under torchrun each takes its share of the rows. Raises ValueError as
     `generate` does.
     """
     if num < 1 or batch < 1:
@@ -642,7 +650,7 @@ def draw_table(sd: StableDiffusion, rows: list[Row], folder: Path, num: int, ste
         alike = [*alike]
         for part in (alike[i:i + together] for i in range(0, len(alike), together)):
             images = generate(sd, [row.prompt for row in part], num, [row.seed for row in part],
-                              steps, guidance, size, negative, batch)
+                              guidance=guidance, size=size, batch=batch, **how)
             for i, image in enumerate(images):
                 row = part[i // num]
                 save_png(image, folder / f"{row.case}_{i % num}.png", row.prompt, settings | {
@@ -673,12 +681,13 @@ def run(args: argparse.Namespace) -> None:
     if args.erased:
         sd = load_erased(sd, args.erased)
     settings = {key: getattr(args, key) for key in (
-        "model", "erased", "seed", "steps", "guidance", "negative", "size", "num")}
+        "model", "erased", "seed", "steps", "guidance", "negative", "safe", "sld", "size", "num")}
+    how = {key: settings[key] for key in ("steps", "negative", "safe", "sld")}
     if table:
-        draw_table(sd, table, folder, args.num, args.steps, args.negative, args.batch, settings)
+        draw_table(sd, table, folder, args.num, args.batch, how, settings)
         return
-    images = generate(sd, args.prompts, args.num, args.seed, args.steps, args.guidance, args.size,
-                      args.negative, args.batch, progress=True)
+    images = generate(sd, args.prompts, args.num, args.seed, guidance=args.guidance,
+                      size=args.size, batch=args.batch, progress=True, **how)
     rows = [(prompt, images[i * args.num:(i + 1) * args.num])
             for i, prompt in enumerate(args.prompts)]
     save_png(contact_sheet(rows), out, "\n".join(args.prompts), settings)
@@ -731,6 +740,9 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--guidance", type=float, default=7.5, help="scale of the guidance")
     parser.add_argument("--negative", default="", help="prompt to steer away from")
+    parser.add_argument("--safe", default="", metavar="CONCEPT",
+                        help="concept to avoid by Safe Latent Diffusion")
+    parser.add_argument("--sld", default="medium", choices=ddim.SLD, help="how strongly")
     parser.add_argument("--size", type=int, help="pixels; the model's own if not given")
     parser.add_argument("--batch", type=int, default=8, help="pictures that are made at once")
     parser.add_argument("--out", type=Path, help="the contact sheet, sample.png if not given; of "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import ddim
 import sample
@@ -52,6 +53,15 @@ def test_no_random_weights_are_drawn(folder):
     before = torch.get_rng_state()
     sample.load(folder)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_layers_made_after_a_load_are_initialised_as_ever(folder):
+    sample.load(folder)
+    for make in (lambda: nn.Linear(64, 64), lambda: nn.Conv2d(8, 8, 3), lambda: nn.Embedding(9, 9)):
+        torch.manual_seed(0)
+        first = make().weight
+        torch.manual_seed(0)
+        assert torch.equal(first, make().weight) and first.std() > 0.01
 
 
 def test_dtype_is_chosen(folder):
@@ -123,6 +133,34 @@ def test_a_picture_is_what_two_separate_predictions_give(sd):
     assert (pixels(made)[0] - expected).abs().max() <= 1
 
 
+def test_a_concept_to_avoid_is_the_third_prediction(sd):
+    """generate(safe=...) against ddim's function given the three texts by hand."""
+    c, null, safe = (sd.encode([text]) for text in ("a star", "a moon", "a heart"))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    predict = ddim.safe_guided(sd.unet, c, null, safe, 4, ddim.SLD["max"])
+    with torch.no_grad():
+        *_, (_, x_0) = ddim.denoise(predict, noise, 3)
+    made = sample.generate(sd, ["a star"], seed=3, steps=3, guidance=4, negative="a moon",
+                           safe="a heart", sld="max")
+    assert torch.equal(pixels(made), pixels(sd.decode(x_0)))
+    for other in ({}, {"safe": "a heart", "sld": "weak"}, {"safe": "a circle", "sld": "max"}):
+        again = sample.generate(sd, ["a star"], seed=3, steps=3, guidance=4, negative="a moon",
+                                **other)
+        assert not torch.equal(pixels(made), pixels(again))
+
+
+def test_each_batch_begins_with_no_momentum(sd):
+    how = {"steps": 3, "safe": "a heart", "sld": "max"}
+    alone = sample.generate(sd, ["a star"] * 2, seed=[0, 1], batch=1, **how)
+    together = sample.generate(sd, ["a star"] * 2, seed=[0, 1], batch=2, **how)
+    assert (pixels(alone) - pixels(together)).abs().max() <= 1
+
+
+def test_an_unknown_setting_of_sld_is_refused(sd):
+    with pytest.raises(ValueError, match="sld is 'huge', choose from weak, medium"):
+        sample.generate(sd, ["a star"], safe="a heart", sld="huge")
+
+
 def test_pixels_are_rounded_not_cut(sd):
     grey = SimpleNamespace(config=sd.vae.config,
                            decode=lambda z: torch.full((1, 3, 8, 8), 2 * 100.6 / 255 - 1))
@@ -185,6 +223,16 @@ def test_pictures_say_how_they_were_made(folder, tmp_path, monkeypatch, capsys):
     settings = json.loads(single.text["settings"])
     assert (settings["seed"], settings["steps"], settings["guidance"]) == (4, 2, 7.5)
     assert Image.open(sheet).width > 2 * 64
+
+
+def test_the_command_line_avoids_a_concept(sd, folder, tmp_path, monkeypatch):
+    run_main(monkeypatch, "a star", "--model", folder, "--steps", 2, "--negative", "a moon", "--safe",
+             "a heart", "--sld", "max", "--out", tmp_path / "x.png", "--singles", tmp_path / "all")
+    expected = sample.generate(sd, ["a star"], steps=2, negative="a moon", safe="a heart", sld="max")
+    made = Image.open(tmp_path / "all" / "0_0.png")
+    assert torch.equal(pixels([made]), pixels(expected))
+    settings = json.loads(made.text["settings"])
+    assert (settings["safe"], settings["sld"]) == ("a heart", "max")
 
 
 @pytest.mark.parametrize("arguments, says", [

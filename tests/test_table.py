@@ -54,6 +54,15 @@ def test_official_tables(name, cases, table, folder, tmp_path, monkeypatch, caps
     assert f"{2 * len(cases)} pictures made, {2 * len(cases)} in all" in capsys.readouterr().out
 
 
+def test_a_table_is_drawn_with_the_flags(table, sd, folder, tmp_path, monkeypatch):
+    draw(monkeypatch, folder, table("coco"), tmp_path / "out", "--guidance", 4, "--negative",
+         "a moon", "--safe", "a circle", "--sld", "max")
+    expected = sample.generate(sd, ["a heart"], seed=12, steps=2, guidance=4, negative="a moon",
+                               safe="a circle", sld="max")
+    made = Image.open(tmp_path / "out" / "60623_0.png")
+    assert (pixels([made]) - pixels(expected)).abs().max() <= 1
+
+
 def test_a_row_is_what_generate_gives(table, sd, folder, tmp_path, monkeypatch):
     """Guidance and size are the row's own, the pictures of a row share one generator."""
     draw(monkeypatch, folder, table("i2p"), tmp_path / "out", "--num", 2)

@@ -198,17 +198,22 @@ def all_answers(painter: Painter, judge: Judge) -> Answers:
     return Answers(bare, plain + styled_ones, coloured_ones)
 
 
+def saved_settings(file: Path) -> dict:
+    """How erase.py made a file. Raises ValueError for a file that it didn't make."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    if "settings" not in metadata:
+        raise ValueError(f"{file} doesn't say what was erased: it isn't of erase.py")
+    return json.loads(metadata["settings"])
+
+
 def settings_of(file: Path) -> dict:
     """How erase.py made a file, and the world's name of what it erased.
 
     Raises ValueError for a file that erase.py didn't make, or for another concept than an object
     or a style.
     """
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
-    if "settings" not in metadata:
-        raise ValueError(f"{file} doesn't say what was erased: it isn't of erase.py")
-    settings = json.loads(metadata["settings"])
+    settings = saved_settings(file)
     words = " ".join(settings["concepts"]).split()
     names = [name for name in world.OBJECTS + world.STYLES[1:] if name in words]
     if len(names) != 1:
