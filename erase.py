@@ -233,14 +233,14 @@ def fingerprint(unet: torch.nn.Module) -> str:
 
 
 def before_after(before: StableDiffusion, after: StableDiffusion, prompts: list[str], seed: int,
-                 num: int = 6) -> Image.Image:
+                 num: int = 4) -> Image.Image:
     """A contact sheet: each prompt before and after, the same seeds one above the other.
 
-    Drawn as `sample.generate` draws by default: 50 steps, guidance 7.5.
+    Drawn with 25 steps, which is enough to see, and guidance 7.5.
     """
     rows = []
     for name, sd in (("before", before), ("after", after)):
-        images = sample.generate(sd, prompts, num, seed, progress=True)
+        images = sample.generate(sd, prompts, num, seed, steps=25, progress=True)
         rows.append([(f"{prompt}, {name}", images[i * num:(i + 1) * num])
                      for i, prompt in enumerate(prompts)])
     return sample.contact_sheet([row for pair in zip(*rows) for row in pair])

@@ -226,9 +226,11 @@ def test_pictures_say_how_they_were_made(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_line_avoids_a_concept(sd, folder, tmp_path, monkeypatch):
-    run_main(monkeypatch, "a star", "--model", folder, "--steps", 2, "--negative", "a moon", "--safe",
-             "a heart", "--sld", "max", "--out", tmp_path / "x.png", "--singles", tmp_path / "all")
-    expected = sample.generate(sd, ["a star"], steps=2, negative="a moon", safe="a heart", sld="max")
+    run_main(monkeypatch, "a star", "--model", folder, "--steps", 2, "--negative", "a moon",
+             "--safe", "a heart", "--sld", "max", "--out", tmp_path / "x.png",
+             "--singles", tmp_path / "all")
+    expected = sample.generate(sd, ["a star"], steps=2, negative="a moon", safe="a heart",
+                               sld="max")
     made = Image.open(tmp_path / "all" / "0_0.png")
     assert torch.equal(pixels([made]), pixels(expected))
     settings = json.loads(made.text["settings"])

@@ -222,7 +222,7 @@ def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
 # Stage 4: the U-Net.
 
 def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: int,
-               steps: int = 9000) -> None:
+               steps: int) -> None:
     """eps-prediction in latents, weighted by min-SNR, https://arxiv.org/abs/2303.09556."""
     model = unet.UNet(UNET)
     sd = sample.StableDiffusion(
@@ -308,6 +308,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the model's folder; RUN/model if not given")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME",
                         help="objects, styles or works to leave out of the training set")
+    parser.add_argument("--unet-steps", type=int, default=9000, help="of the U-Net's training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for name in args.stages:
@@ -315,7 +316,8 @@ def main() -> None:
             parser.error(f"unknown stage {name!r}, choose from {', '.join(STAGES)}")
     try:
         world.check_names(args.without)
-        claim(args.run, {"seed": args.seed, "without": sorted(args.without)})
+        claim(args.run, {"seed": args.seed, "without": sorted(args.without),
+                         "unet_steps": args.unet_steps})
     except ValueError as error:
         parser.error(str(error))
     out = args.out or args.run / "model"
@@ -331,7 +333,7 @@ def main() -> None:
         elif name == "text":
             train_text(out, args.run, *data(), args.seed)
         elif name == "unet":
-            train_unet(out, args.run, *data(), args.seed)
+            train_unet(out, args.run, *data(), args.seed, args.unet_steps)
         else:
             train_judge(out, args.run, args.seed)
         print(f"{name}: {time.perf_counter() - began:.0f} s")

@@ -1,0 +1,195 @@
+"""Checks of the exercises: each takes what a student wrote and says "right", or what is wrong.
+
+    print(checks.target(my_target))
+"""
+
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+import ddim
+import erase
+import unet
+
+NOT_YET = "not yet: write it first"
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def alike(answer: Tensor, expected: Tensor) -> bool:
+    return (isinstance(answer, Tensor) and answer.shape == expected.shape
+            and torch.allclose(answer.double(), expected.double(), atol=1e-5))
+
+
+def tried(answer: Callable, *arguments) -> tuple[object, str]:
+    """What the student's function returns, and the reason where it returns nothing of use."""
+    try:
+        result = answer(*arguments)
+    except Exception as error:  # whatever a student's code raises is an answer to report
+        return None, f"wrong: it raises {type(error).__name__}: {error}"
+    if result is None or result is ...:
+        return None, NOT_YET
+    return result, ""
+
+
+def denoise(answer: Callable) -> str:
+    """Exercise 1.2: a sampler, with `ddim.denoise` beside it."""
+    start, asked = noise(1, 4, 2, 2), []
+
+    def predict(x_t, t):
+        asked.append(t)
+        return 0.3 * x_t + t / 1000
+
+    result, reason = tried(answer, predict, start, 10)
+    if reason:
+        return reason
+    if asked != ddim.timesteps(10):
+        times = ddim.timesteps(10)
+        return (f"wrong: the model is asked at {asked[:2]} ... {asked[-1:]}; Stable Diffusion's "
+                f"ten steps are {times[:2]} ... {times[-1:]}")
+    *_, (_, expected) = ddim.denoise(predict, start, 10)
+    if alike(result, expected):
+        return "right"
+    abar = ddim.alphas_cumprod()
+    no_root = start
+    for t in ddim.timesteps(10):
+        eps, t_prev = predict(no_root, t), max(t - 100, 0)
+        no_root = (abar[t_prev].sqrt() * (no_root - (1 - abar[t]) * eps) / abar[t].sqrt()
+                   + (1 - abar[t_prev]).sqrt() * eps)
+    if alike(result, no_root):
+        return ("wrong: the times are right, the share of noise in x_t isn't 1 - abar: look at "
+                "eq. 4 again")
+    return ("wrong: the times are right, the result isn't: check the amount of noise that is taken "
+            "away, and where the last step ends")
+
+
+def target(answer: Callable) -> str:
+    """Exercise 2.2: Eq. 6."""
+    eps_null, eps_c, eta = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1), 0.7
+    result, reason = tried(answer, eps_null, eps_c, eta)
+    if reason:
+        return reason
+    if alike(result, erase.esd_target(eps_null, eps_c, eta)):
+        return "right"
+    if alike(result, eps_null + eta * (eps_c - eps_null)):
+        return "wrong: with this sign the concept is made stronger: that is Eq. 3, guidance"
+    if alike(result, eps_c - eta * (eps_c - eps_null)):
+        return ("wrong: it begins at the concept's prediction; that is the code of 2025, with "
+                "g = eta + 1")
+    if alike(result, eps_null - eta * eps_c):
+        return ("wrong: what is taken away is the difference that the concept makes, not its "
+                "prediction")
+    return "wrong: Eq. 6 gives something else"
+
+
+def method(answer: Callable) -> str:
+    """Exercise 2.3: the queries of the cross-attention, on all names of Stable Diffusion v1."""
+    with torch.device("meta"):
+        names = [name for name, _ in unet.UNet().named_parameters()]
+    chosen = []
+    for name in names:
+        result, reason = tried(answer, name)
+        if reason:
+            return reason
+        chosen += [name] if result else []
+    expected = [name for name in names if "attn2.to_q." in name]
+    if chosen == expected:
+        return "right"
+    for name in chosen:
+        if name not in expected:
+            return f"wrong: it takes {len(chosen)} tensors of {len(expected)}, {name} among them"
+    return f"wrong: it takes {len(chosen)} tensors of {len(expected)}"
+
+
+def interval(answer: Callable) -> str:
+    """Exercise 3.2: Wilson's interval of a share."""
+    for hits, asked, low, high in ((0, 50, 0.0, 0.0713), (25, 50, 0.3664, 0.6336),
+                                   (50, 50, 0.9287, 1.0), (1, 3, 0.0615, 0.7923)):
+        result, reason = tried(answer, hits, asked)
+        if reason:
+            return reason
+        try:
+            close = abs(result[0] - low) < 1e-3 and abs(result[1] - high) < 1e-3
+        except (TypeError, IndexError):
+            return f"wrong: return two numbers, low and high, not {result!r}"
+        if not close:
+            none = result[0] == result[1]
+            return (f"wrong: for {hits} of {asked} it says {result[0]:.3f} to {result[1]:.3f}, "
+                    f"Wilson's is {low} to {high}"
+                    + (": 50 pictures don't make it certain" if none else ""))
+    return "right"
+
+
+def selective_loss(answer: Callable) -> str:
+    """Exercise 4.2: Eq. 6 where the concept matters, the original elsewhere."""
+    text = erase.Text(*(torch.full((2, 77, 8), value).double() for value in (3.0, 1.0, 2.0)))
+    x_t, t = noise(2, 4, 3, 3), torch.tensor([7, 500])
+
+    def frozen(x_t, t, c):  # the prompt counts for much in one part of the picture only
+        return 0.5 * x_t + 0.1 * c.mean() * torch.where(x_t > 0, 1.0, 0.2)
+
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def edited(x_t, t, c):
+        return weight * frozen(x_t, t, c) + 0.01
+
+    result, reason = tried(answer, edited, frozen, x_t, t, text, 2.0)
+    if reason:
+        return reason
+    eps_null, eps_c = frozen(x_t, t, text.null), frozen(x_t, t, text.concept)
+    matters = (eps_c - eps_null).abs() > 0.1
+    wanted = torch.where(matters, erase.esd_target(eps_null, eps_c, 2.0), eps_c)
+    error = (edited(x_t, t, text.concept) - wanted).square()
+    if not isinstance(result, Tensor) or result.shape != (2,):
+        return ("wrong: return one number for each sample, (2,), not "
+                f"{getattr(result, 'shape', result)}")
+    if not alike(result.detach(), error.mean(dim=(1, 2, 3)).detach()):
+        if alike(result.detach(), erase.esd_loss(edited, frozen, x_t, t, text, 2.0).detach()):
+            return "wrong: that is Eq. 6 everywhere"
+        return ("wrong: the numbers differ; elsewhere the target is the original's prediction for "
+                "the concept")
+    if not result.requires_grad:
+        return "wrong: the loss has no gradient, the edited model was called under no_grad"
+    return "right"
+
+
+def safe_direction(answer: Callable) -> str:
+    """Exercise 3.3: what Safe Latent Diffusion takes away, without momentum."""
+    eps_null, eps_c, eps_s = (noise(1, 4, 8, 8, seed=i) for i in range(3))
+    scale, threshold = 2.0, 0.1
+    result, reason = tried(answer, eps_null, eps_c, eps_s, scale, threshold)
+    if reason:
+        return reason
+    safety = ddim.Safety(0, scale, threshold, 0.0, 0.0)
+    expected, _ = ddim.safe_direction(eps_null, eps_c, eps_s, torch.zeros(()), safety)
+    if alike(result, expected):
+        return "right"
+    difference = eps_c - eps_s
+    if alike(result, scale * difference.abs() * (difference < threshold) * (eps_s - eps_null)):
+        return "wrong: the scale isn't bounded by 1"
+    if alike(result, (scale * difference.abs()).clamp(max=1) * (eps_s - eps_null)):
+        return "wrong: where eps_c - eps_s is the threshold or more, nothing is taken away"
+    if alike(result, (scale * difference.abs()).clamp(min=1) * (difference < threshold)
+             * (eps_s - eps_null)):
+        return "wrong: that is the max of the paper's text, at least 1; the code has at most 1"
+    return "wrong: the equations give something else"
+
+
+def add_noise(answer: Callable) -> str:
+    """Exercise 5.2: the forward process, with which a picture is noised halfway."""
+    x_0, eps, abar_t = noise(1, 4, 3, 3), noise(1, 4, 3, 3, seed=1), torch.tensor(0.36)
+    result, reason = tried(answer, x_0, eps, abar_t)
+    if reason:
+        return reason
+    if alike(result, ddim.add_noise(x_0, eps, abar_t)):
+        return "right"
+    if alike(result, 0.36 * x_0 + 0.64 * eps):
+        return "wrong: abar is a share of the variance, and you add values: take the roots"
+    if alike(result, 0.8 * x_0 + 0.6 * eps):
+        return "wrong: abar is the picture's share; you gave it to the noise"
+    if alike(result, x_0 + 0.8 * eps):
+        return "wrong: the picture has to shrink as the noise grows, or the variance grows"
+    return "wrong: eq. 4 of DDIM gives something else"

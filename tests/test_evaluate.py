@@ -1,0 +1,119 @@
+"""notebooks/toy/evaluate.py: counting, tables, resuming, and the stored results."""
+
+import json
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import erase
+from notebooks.toy import evaluate, world
+
+ALL = slice(None)
+
+
+@pytest.mark.parametrize("hits, asked, expected", [
+    (0, 50, "0.0 (0 to 7)"), (25, 50, "50.0 (37 to 63)"), (50, 50, "100.0 (93 to 100)"),
+    (1, 3, "33.3 (6 to 79)")])
+def test_wilsons_interval(hits, asked, expected):
+    assert evaluate.share(hits, asked) == expected
+
+
+def test_shares_are_taken_over_all_pictures_of_the_classes():
+    confusion = {"star": {"star": 3, "heart": 1}, "heart": {"heart": 6}, "moon": {"star": 5}}
+    assert evaluate.seen([confusion], [["star", "heart"]]) == evaluate.share(9, 10)
+    assert evaluate.seen([confusion], [["moon"]]) == evaluate.share(0, 5)
+    assert evaluate.seen([confusion] * 2, [["star"], ["moon"]]) == evaluate.share(3, 9)
+
+
+def test_no_two_cells_have_the_same_key():
+    keys = [cell.key for experiment in evaluate.EXPERIMENTS.values()
+            for cell in experiment.cells(ALL)]
+    assert len(keys) == len(set(keys)) > 100
+
+
+def test_a_concept_is_erased_and_avoided_by_the_same_words():
+    for concept, words in (("star", "star"), ("dots", "a picture in the style of dots")):
+        assert evaluate.esd_x(concept).erase["concepts"] == [words]
+        assert evaluate.negative(concept).how == {"negative": words}
+        assert evaluate.sld(concept, "max").how == {"safe": words, "sld": "max"}
+
+
+def counted(own: int, rest: int, concept: str) -> dict:
+    """Ten pictures of each object: how many are right of the concept and of each other one."""
+    return {name: {name: right, "none of these": 10 - right}
+            for name in world.OBJECTS for right in [own if name == concept else rest]}
+
+
+def test_the_table_of_objects_keeps_its_columns_apart():
+    answers = {"objects/original": {"names": counted(10, 9, "star")},
+               "objects/star/ESD-u": {"names": counted(1, 8, "star")},
+               "objects/star/ESD-x": {"names": counted(2, 7, "star")}}
+    line = evaluate.objects_table(answers).splitlines()[2]
+    shares = [float(cell.split()[0]) for cell in line.strip("| ").split("|")[1:]]
+    assert line.startswith("| star |") and shares == [100, 10, 20, 90, 80, 70]
+
+
+def test_bfloat16_rounds_weights_and_state_and_only_while_it_is_asked_for():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 0.3]))
+    optimizer = torch.optim.Adam([weight], lr=1e-4)
+    hook = register_optimizer_step_post_hook(evaluate.round_to_bfloat16)
+    weight.sum().backward()
+    optimizer.step()
+    hook.remove()
+    assert weight[0] == 1  # an update of 1e-4 is lost beside 1
+    for tensor in (weight, optimizer.state[weight]["exp_avg_sq"]):
+        assert torch.equal(tensor, tensor.bfloat16().float())
+    optimizer.step()
+    assert weight[0] != 1
+
+
+def test_the_ablations_leave_nothing_behind(sd):
+    """The paper's rule and bfloat16 are there for one erasure, not afterwards."""
+    methods = set(erase.METHODS)
+    how = {"iterations": 1, "steps": 2, "lr": 1e-5, "batch": 1}
+    theta = evaluate.erased_weights(sd, concepts=["star"], method="esd-u of the paper", **how)
+    ours = evaluate.erased_weights(sd, concepts=["star"], method="esd-u", **how)
+    spared = set(theta) - set(ours)
+    assert spared and all(name.startswith(erase.SPARED) for name in spared)
+    rounded = evaluate.erased_weights(sd, concepts=["star"], method="esd-x", bfloat16=True, **how)
+    assert all(torch.equal(t, t.bfloat16().float()) for t in rounded.values())
+    exact = evaluate.erased_weights(sd, concepts=["star"], method="esd-x", **how)
+    assert not all(torch.equal(t, t.bfloat16().float()) for t in exact.values())
+    assert set(erase.METHODS) == methods
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+
+
+def test_a_second_run_does_nothing_again(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "results.json"
+    how = ["paraphrase", "--quick", "--results", file, "--run", tmp_path / "run"]
+    run(monkeypatch, *how)
+    first, tables = json.loads(file.read_text()), capsys.readouterr().out
+    assert "| star | by a paraphrase |" in tables and "--iterations 2" in tables
+    assert first["paraphrase/star/by its name"]["seconds"] > 0
+    monkeypatch.setattr(evaluate, "answer", None)  # would fail where a cell is made again
+    run(monkeypatch, *how)
+    assert capsys.readouterr().out == tables and json.loads(file.read_text()) == first
+
+    first["paraphrase/moon/original"]["settings"]["seed"] = 7  # made otherwise: stale
+    file.write_text(json.dumps(first))
+    made = []
+    monkeypatch.setattr(evaluate, "answer", lambda studio, cell: made.append(cell.key) or
+                        first["paraphrase/star/original"] | {"name": {"moon": {"moon": 1}},
+                                                             "paraphrases": {"moon": {"moon": 1}}})
+    run(monkeypatch, *how)
+    assert made == ["paraphrase/moon/original"]
+
+
+def test_damaged_results_are_refused(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "results.json"
+    file.write_text("{")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "eta", "--quick", "--results", str(file)])
+    with pytest.raises(SystemExit) as end:
+        evaluate.main()
+    assert end.value.code == 2 and "isn't JSON" in capsys.readouterr().err
+    assert file.read_text() == "{"
