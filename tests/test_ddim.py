@@ -129,8 +129,8 @@ def test_safe_direction_by_hand():
 
 
 def test_a_difference_that_equals_the_threshold_is_safe():
-    safety = ddim.Safety(0, 1000, 0.0, 0, 0)
-    gamma, _ = ddim.safe_direction(tensor(1), tensor(2), tensor(2), tensor(0), safety)
+    safety = ddim.Safety(0, 1000, 0.5, 0, 0)
+    gamma, _ = ddim.safe_direction(tensor(1), tensor(2.5), tensor(2), tensor(0), safety)
     assert gamma == tensor(0)
 
 
