@@ -5,10 +5,11 @@
 With eta = -1 the target is eps_c: the edited model shall do what the original does. The loss of the
 unedited model is 0, and so is its gradient: nothing is learned.
 
-2.3. Queries come from the picture, keys and values from the words. The keys and values of "star"
-can be changed without touching any other word's; a query decides how a pixel looks at all words
-alike, so whatever it does to the star it does to the others, and the target holds it back at each
-x_t where the other words (the start and the end token among them) are needed.
+2.3. Queries alone leave 100 % stars and the output layers 0 % (twenty pictures after 100 iterations
+with the notebook's flags), keys and values 98 % (fifty after 120, the table `which`). The output layer doesn't know which word it serves:
+it gets a mixture of values and can only treat some mixtures differently. So ESD-x is tied to the words
+through what the words put into that mixture, not through a word's own keys and values; prompts whose
+mixtures are alike (circle and cross) suffer together.
 """
 
 

@@ -5,9 +5,10 @@ other prompt of the kind would have drawn", the target is the mean of the origin
 over those prompts, each weighted by how likely it is for this x_t; that is nearly what the empty
 prompt's prediction is.
 
-4.3. PLACE fewer stars are left. With x_t that show circles it learns what to say where a circle
-has begun already, and the way from the noise of a star is known to it at the first, noisiest steps
-only.
+4.3. There is no single answer. What to look for: a near anchor needs the smallest change, so fewer
+iterations and the least harm, but a judge may still see the concept in it; a far one changes more of
+what the words share; a style as anchor changes the style and may leave the object. And an anchor that is
+itself asked for should come out as before: if it doesn't, the concept's pictures have leaked into it.
 """
 
 import torch

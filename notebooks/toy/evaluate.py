@@ -596,7 +596,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n**{experiment.paper}**\n\n{experiment.table(results)}")
         changed = any(cell.experiment == name for cell in todo)
         if experiment.picture and (changed or not picture.exists()):
-            sheet = experiment.picture(studio, results, few)
+            sheet = experiment.picture(studio, results, few).quantize(256)  # a third of the size
             sample.write_whole(picture, lambda part: sheet.save(part, format="PNG"))
             print(f"\n{picture}")
 
