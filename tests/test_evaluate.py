@@ -1,12 +1,14 @@
 """notebooks/toy/evaluate.py: counting, tables, resuming, and the stored results."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import erase
+import sample
 from notebooks.toy import evaluate, world
 
 ALL = slice(None)
@@ -117,3 +119,27 @@ def test_damaged_results_are_refused(tmp_path, monkeypatch, capsys):
         evaluate.main()
     assert end.value.code == 2 and "isn't JSON" in capsys.readouterr().err
     assert file.read_text() == "{"
+
+
+# The stored results
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads(Path("notebooks/toy/results.json").read_text())
+
+
+def test_the_results_are_of_this_code_and_this_model(results):
+    toy = sample.load("notebooks/toy")
+    studio = evaluate.Studio(toy, None, erase.fingerprint(toy.unet), None, num=50,
+                             iterations=evaluate.FLAGS["iterations"])
+    for experiment in evaluate.EXPERIMENTS.values():
+        for cell in experiment.cells(ALL):
+            if cell.key in results or not cell.contender.censored:
+                assert results[cell.key]["settings"] == evaluate.settings_of(studio, cell), cell.key
+
+
+@pytest.mark.parametrize("name", evaluate.EXPERIMENTS)
+def test_the_readme_has_the_tables_of_the_results(results, name):
+    experiment = evaluate.EXPERIMENTS[name]
+    assert experiment.table(results) in Path("README.md").read_text()
+    assert experiment.picture is None or Path(f"notebooks/toy/{name}.png").exists()
