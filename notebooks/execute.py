@@ -1,0 +1,87 @@
+"""Runs the notebooks, each in a clean kernel, as CI does.
+
+    pip install -r notebooks/requirements.txt
+    python notebooks/execute.py                 # all, and nothing is written
+    python notebooks/execute.py 2 4 --write     # two of them, with their outputs for the repository
+
+Fails where a cell raises, where a cell that begins with "# Figure" makes no picture, and where a
+notebook takes more than five minutes.
+"""
+
+import argparse
+import base64
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+FOLDER = Path(__file__).parent
+LIMIT = 300  # seconds
+SHOWN = {"1": "# Figure 2", "2": "# Figure 2", "3": "# Figure 1", "4": "# Figure 1",
+         "5": "# Figure 2"}  # what the README shows of each
+
+
+def code_of(notebook: nbformat.NotebookNode) -> str:
+    """A hash of all code, which a notebook carries to say of what its outputs are."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def missing_figures(notebook: nbformat.NotebookNode) -> list[str]:
+    """The first lines of the cells that promise a figure and made no picture."""
+    return [cell.source.splitlines()[0] for cell in notebook.cells
+            if cell.cell_type == "code" and cell.source.startswith("# Figure")
+            and not any("image/png" in output.get("data", {}) for output in cell.outputs)]
+
+
+def keep(notebook: nbformat.NotebookNode, file: Path) -> None:
+    """Writes the notebook with its outputs, and the picture that the README shows of it."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # when it ran, which is another time each time
+        if cell.source.startswith(SHOWN[file.name[0]]):
+            data = next(output.data["image/png"] for output in cell.outputs
+                        if "image/png" in output.get("data", {}))
+            picture = FOLDER / "pictures" / f"{file.stem}.png"
+            picture.parent.mkdir(exist_ok=True)
+            picture.write_bytes(base64.b64decode(data))
+    notebook.metadata["code"] = code_of(notebook)
+    nbformat.write(notebook, file)
+
+
+def execute(file: Path, write: bool) -> str:
+    """Runs one notebook; returns what is wrong with it, or nothing."""
+    notebook, began = nbformat.read(file, as_version=4), time.perf_counter()
+    try:
+        NotebookClient(notebook, timeout=LIMIT, kernel_name="python3",
+                       resources={"metadata": {"path": str(FOLDER)}}).execute()
+    except (CellExecutionError, CellTimeoutError) as error:
+        return f"{file.name}: {error}"
+    seconds = time.perf_counter() - began
+    if missing := missing_figures(notebook):
+        return f"{file.name}: no picture under {missing}"
+    if seconds > LIMIT:
+        return f"{file.name}: took {seconds:.0f} s, more than {LIMIT}"
+    print(f"{file.name}: {seconds:.0f} s", flush=True)
+    if write:
+        keep(notebook, file)
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Runs the notebooks.")
+    parser.add_argument("numbers", nargs="*", help="of the notebooks; all if not given")
+    parser.add_argument("--write", action="store_true", help="keep the outputs in the files")
+    args = parser.parse_args()
+    files = [file for file in sorted(FOLDER.glob("[0-9]_*.ipynb"))
+             if not args.numbers or file.name[0] in args.numbers]
+    wrong = [problem for problem in (execute(file, args.write) for file in files) if problem]
+    print("\n".join(wrong), file=sys.stderr)
+    sys.exit(bool(wrong) or not files)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The notebooks as committed: their outputs are of their code, and every figure is there."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("[0-9]_*.ipynb"))
+
+
+def code_cells(file: Path) -> list[dict]:
+    notebook = json.loads(file.read_text())
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_there_are_five():
+    assert [file.name[0] for file in NOTEBOOKS] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_outputs_are_of_this_code(file):
+    """Else run `python notebooks/execute.py NUMBER --write`."""
+    code = "\n".join("".join(cell["source"]) for cell in code_cells(file))
+    made_by = json.loads(file.read_text())["metadata"]["code"]
+    assert hashlib.sha256(code.encode()).hexdigest() == made_by
+    assert all(cell["execution_count"] for cell in code_cells(file))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_no_error_is_stored_and_every_figure_is(file):
+    for cell in code_cells(file):
+        assert not any(output["output_type"] == "error" for output in cell["outputs"])
+        if "".join(cell["source"]).startswith("# Figure"):
+            assert any("image/png" in output.get("data", {}) for output in cell["outputs"])
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_the_model_is_chosen_in_one_line(file):
+    code = "\n".join("".join(cell["source"]) for cell in code_cells(file))
+    assert len(re.findall(r"^(?:MODEL|RESULTS) = ", code, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_there_are_three_exercises_with_their_checks(file):
+    text = "".join("".join(cell["source"]) for cell in json.loads(file.read_text())["cells"])
+    number = file.name[0]
+    assert re.findall(r"\*\*(\d\.\d), ", text) == [f"{number}.{i}" for i in (1, 2, 3)]
+    assert "print(checks." in text
