@@ -49,3 +49,11 @@ def test_there_are_three_exercises_with_their_checks(file):
     number = file.name[0]
     assert re.findall(r"\*\*(\d\.\d), ", text) == [f"{number}.{i}" for i in (1, 2, 3)]
     assert "print(checks." in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "notebooks/TEACHING.md"])
+def test_what_a_page_links_to_is_there(page):
+    file = FOLDER.parent / page
+    links = re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', file.read_text())
+    local = [path for path in map("".join, links) if not path.startswith("http")]
+    assert all((file.parent / path).exists() for path in local), local
