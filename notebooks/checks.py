@@ -77,8 +77,8 @@ def target(answer: Callable) -> str:
     if alike(result, eps_null + eta * (eps_c - eps_null)):
         return "wrong: with this sign the concept is made stronger: that is Eq. 3, guidance"
     if alike(result, eps_c - eta * (eps_c - eps_null)):
-        return ("wrong: it begins at the concept's prediction; that is the code of 2025, with "
-                "g = eta + 1")
+        return ("wrong: it begins at the concept's prediction; that is the code of 2025, where g "
+                "has to be eta + 1")
     if alike(result, eps_null - eta * eps_c):
         return ("wrong: what is taken away is the difference that the concept makes, not its "
                 "prediction")

@@ -1,16 +1,17 @@
 """Every experiment of the paper in miniature, with its baselines and its numbers beside ours.
 
-    python -m notebooks.toy.evaluate all                   # an hour and a half on two cores
+    python -m notebooks.toy.evaluate all                   # what is stored, and what is missing
     python -m notebooks.toy.evaluate styles eta            # two of them
     python -m notebooks.toy.evaluate all --quick --results runs/quick/results.json
 
 A cell is what one contender (a model, and how it is sampled) draws for some kinds of prompts,
 counted by the judge. Cells are kept in --results as soon as they are done, and erased weights in
 --run; what is there under the same settings isn't done again. Tables go to the standard output,
-pictures beside the results.
+pictures beside the results. From nothing, with another --results and --run, all takes an hour and
+a half on two cores.
 
 The censored miniature, which never saw the four objects of `implied`, is trained by (half the steps
-of the shipped one; 25 minutes)
+of the shipped one, about 20 minutes)
 
     mkdir -p runs/censored/model
     cp -r notebooks/toy/{vae,text_encoder,tokenizer,scheduler,judge} runs/censored/model

@@ -1,7 +1,7 @@
 """Trains the miniature Stable Diffusion from nothing, with the modules of this project only.
 
     python -m notebooks.toy.train                 # every stage, about 90 minutes on two cores
-    python -m notebooks.toy.train --without star --run runs/censored         # censored data
+    python -m notebooks.toy.train --without star --run runs/without_star     # censored data
 
 Stages, in order: tokenizer, vae, text (by contrast, then frozen), unet, judge; a stage needs what
 those before it left in `--out`. What a stage has reached is kept in `--run` every few hundred
