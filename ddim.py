@@ -109,8 +109,8 @@ def safe_direction(eps_null: Tensor, eps_c: Tensor, eps_s: Tensor, momentum: Ten
     gamma = mu (eps_s - eps_null) + s_m nu
     nu    = beta_m nu + (1 - beta_m) gamma
 
-    s is the concept to avoid; all are (B, 4, H, W). The paper has a max in mu, which would leave
-    nothing of its scale; min is what its code does.
+    s is the concept to avoid; all are (B, 4, H, W). The paper's eq. 6 has max(1, ...), by which mu
+    would never be small; min is what its code does.
     """
     mu = (safety.scale * (eps_c - eps_s).abs()).clamp(max=1)
     mu = mu.where(eps_c - eps_s < safety.threshold, 0)

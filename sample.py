@@ -350,7 +350,7 @@ def check_tensors(found: dict, expected: dict, file: Path, partial: bool = False
 def build(name: str, found: Found) -> nn.Module:
     """A model on the meta device (no memory, no random weights), then given the file's tensors."""
     with torch.device("meta"), ExitStack() as stack:
-        for layer in (nn.Linear, nn.Conv2d, nn.Embedding):  # even without memory, drawing takes time
+        for layer in (nn.Linear, nn.Conv2d, nn.Embedding):  # drawing takes time, even on meta
             stack.enter_context(patch.object(layer, "reset_parameters", lambda self: None))
         model = PARTS[name].model(found.config)
     check_tensors(found.tensors, model.state_dict(), found.file)
@@ -537,11 +537,9 @@ def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | 
     images = []
     with tqdm(total=total, unit="step", disable=not progress) as bar:
         for x_t, c in zip(noise.to(sd.device).split(batch), text.split(batch), strict=True):
-            null_c = null.expand_as(c)
-            predict = ddim.guided(sd.unet, c, null_c, guidance)
-            if safe:
-                predict = ddim.safe_guided(sd.unet, c, null_c, avoid.expand_as(c), guidance,
-                                           ddim.SLD[sld])
+            null_c, avoid_c = null.expand_as(c), avoid.expand_as(c)
+            predict = (ddim.safe_guided(sd.unet, c, null_c, avoid_c, guidance, ddim.SLD[sld])
+                       if safe else ddim.guided(sd.unet, c, null_c, guidance))
             for t, x_t in ddim.denoise(predict, x_t, steps):
                 bar.update(len(x_t) if t else 0)
             images += sd.decode(x_t)
@@ -634,8 +632,8 @@ def draw_table(sd: StableDiffusion, rows: list[Row], folder: Path, num: int, bat
                how: dict, settings: dict) -> None:
     """Writes {case}_{i}.png for i < num of each row, leaves out what is there, says the count.
 
-    `how`: what `generate` takes beside what a row says. Of several processes under torchrun each takes its share of the rows. Raises ValueError as
-    `generate` does.
+    `how`: what `generate` takes beside what a row says. Of several processes under torchrun each
+    takes its share of the rows. Raises ValueError as `generate` does.
     """
     if num < 1 or batch < 1:
         raise ValueError(f"num is {num}, batch {batch}: choose 1 or more")

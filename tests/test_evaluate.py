@@ -23,9 +23,9 @@ def test_wilsons_interval(hits, asked, expected):
 
 def test_shares_are_taken_over_all_pictures_of_the_classes():
     confusion = {"star": {"star": 3, "heart": 1}, "heart": {"heart": 6}, "moon": {"star": 5}}
-    assert evaluate.seen([confusion], [["star", "heart"]]) == evaluate.share(9, 10)
-    assert evaluate.seen([confusion], [["moon"]]) == evaluate.share(0, 5)
-    assert evaluate.seen([confusion] * 2, [["star"], ["moon"]]) == evaluate.share(3, 9)
+    assert evaluate.share_seen([confusion], [["star", "heart"]]) == evaluate.share(9, 10)
+    assert evaluate.share_seen([confusion], [["moon"]]) == evaluate.share(0, 5)
+    assert evaluate.share_seen([confusion] * 2, [["star"], ["moon"]]) == evaluate.share(3, 9)
 
 
 def test_no_two_cells_have_the_same_key():
@@ -136,6 +136,12 @@ def test_the_results_are_of_this_code_and_this_model(results):
         for cell in experiment.cells(ALL):
             if cell.key in results or not cell.contender.censored:
                 assert results[cell.key]["settings"] == evaluate.settings_of(studio, cell), cell.key
+
+
+def test_the_readme_says_the_settings():
+    toy = sample.load("notebooks/toy")
+    studio = evaluate.Studio(toy, None, "", None, 50, evaluate.FLAGS["iterations"])
+    assert evaluate.heading(studio) in Path("README.md").read_text()
 
 
 @pytest.mark.parametrize("name", evaluate.EXPERIMENTS)

@@ -6,9 +6,10 @@ over those prompts, each weighted by how likely it is for this x_t; that is near
 prompt's prediction is.
 
 4.3. There is no single answer. What to look for: a near anchor needs the smallest change, so fewer
-iterations and the least harm, but a judge may still see the concept in it; a far one changes more of
-what the words share; a style as anchor changes the style and may leave the object. And an anchor that is
-itself asked for should come out as before: if it doesn't, the concept's pictures have leaked into it.
+iterations and the least harm, but a judge may still see the concept in it; a far one changes more
+of what the words share; a style as anchor changes the style and may leave the object. And an
+anchor that is itself asked for should come out as before: if it doesn't, the concept's pictures
+have leaked into it.
 """
 
 import torch

@@ -10,8 +10,8 @@ counted by the judge. Cells are kept in --results as soon as they are done, and 
 pictures beside the results. From nothing, with another --results and --run, all takes an hour and
 a half on two cores.
 
-The censored miniature, which never saw the four objects of `implied`, is trained by (half the steps
-of the shipped one, about 20 minutes)
+The censored miniature, which never saw the four objects of `implied`, is trained by (with half the
+steps of the shipped one, to save time; with all of them in about 45 minutes)
 
     mkdir -p runs/censored/model
     cp -r notebooks/toy/{vae,text_encoder,tokenizer,scheduler,judge} runs/censored/model
@@ -162,8 +162,8 @@ def confusion(studio: Studio, sd: StableDiffusion, how: dict, questions: list[Qu
     """What was asked for -> what the judge saw -> how often."""
     prompts = [q.prompt for q in questions for _ in range(q.num)]
     asked = [q.wanted[head] for q in questions for _ in range(q.num)]
-    seen = judging.read(studio.judge, studio.draw(sd, how, prompts))
-    pairs = list(zip(asked, (look[head] or "none of these" for look in seen)))
+    looks = judging.read(studio.judge, studio.draw(sd, how, prompts))
+    pairs = list(zip(asked, (look[head] or "none of these" for look in looks)))
     return {name: dict(Counter(b for a, b in pairs if a == name)) for name in dict.fromkeys(asked)}
 
 
@@ -197,25 +197,25 @@ def paraphrases(studio, sd, how, concept):
 
 
 def quality(studio, sd, how, concept):
-    """Ten times as many prompts as the world has them, without the concept.
+    """Captions as in training, none with the concept, and ten times as many as of a class.
 
     The Frechet distance on the judge's features to other rendered pictures, and how often all is
     right that a caption names of object, colour and style.
     """
     rng = np.random.default_rng(SEED)
-    held_out, others = ([world.draw(rng, without=(concept,)) for _ in range(10 * studio.num)]
+    held_out, second_set = ([world.draw(rng, without=(concept,)) for _ in range(10 * studio.num)]
                         for _ in range(2))
     images = studio.draw(sd, how, [example.caption for example in held_out])
     features = [studio.judge.features(judging.to_tensor(pictures)).double().numpy()
-                for pictures in (images, [example.image for example in others])]
+                for pictures in (images, [example.image for example in second_set])]
     right = []
-    for example, seen in zip(held_out, judging.read(studio.judge, images)):
+    for example, look in zip(held_out, judging.read(studio.judge, images)):
         words = [example.object, *world.PARAPHRASES.get(example.object, ())]
         asked = {"object": any(word and word in example.caption for word in words),
                  "colour": f"{example.colour} " in example.caption,
                  "style": f"style of {example.style}" in example.caption}
         if asked["object"]:
-            right.append(all(seen[head] == getattr(example, head) for head in asked if asked[head]))
+            right.append(all(look[head] == getattr(example, head) for head in asked if asked[head]))
     return {"frechet": measure.frechet(*features), "right": sum(right), "asked": len(right)}
 
 
@@ -310,8 +310,8 @@ def which_cells(few: slice) -> list[Cell]:
         "ESD-u, its code's parameters": esd_u("star"),
         "ESD-u, the paper's rule": esd_u("star", method="esd-u of the paper"),
     }
-    return [Cell("which", "star", contender._replace(name=name), (names,))
-            for name, contender in variants.items()]
+    return [Cell("which", "star", contender._replace(name=variant), (names,))
+            for variant, contender in variants.items()]
 
 
 # ---- tables ----
@@ -328,16 +328,16 @@ def share(hits: int, asked: int) -> str:
     return f"{100 * p:.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def seen(confusions: list[dict], asked: list[list[str]]) -> str:
+def share_seen(confusions: list[dict], asked: list[list[str]]) -> str:
     """The share that shows what was asked for, over some classes of each confusion."""
-    rows = [(name, confusion[name]) for confusion, names in zip(confusions, asked)
-            for name in names]
-    return share(sum(row.get(name, 0) for name, row in rows),
+    rows = [(wanted, found[wanted]) for found, classes in zip(confusions, asked)
+            for wanted in classes]
+    return share(sum(row.get(wanted, 0) for wanted, row in rows),
                  sum(sum(row.values()) for _, row in rows))
 
 
-def others(names: tuple[str, ...], concept: str) -> list[str]:
-    return [name for name in names if name != concept]
+def others(classes: tuple[str, ...], concept: str) -> list[str]:
+    return [other for other in classes if other != concept]
 
 
 def table(*rows: list[str]) -> str:
@@ -355,7 +355,7 @@ def objects_table(answers: Answers) -> str:
     def row(label, some):
         own, rest = [[c] for c in some], [others(world.OBJECTS, c) for c in some]
         sides = [[before] * len(some)] + [[a[c] for c in some] for a in after.values()]
-        return [label, *(seen(side, asked) for asked in (own, rest) for side in sides)]
+        return [label, *(share_seen(side, asked) for asked in (own, rest) for side in sides)]
 
     return table(
         ["erased", "before, %", "ESD-u, %", "ESD-x, %", "the other nine before, %", "ESD-u, %",
@@ -373,8 +373,9 @@ def styles_table(answers: Answers) -> str:
         keys = [f"styles/{s}/{method}" if method != "original" else "styles/original"
                 for s in styles]
         confusions = [answers[key]["styled"] for key in keys]
-        rows.append([method, seen(confusions, [[s] for s in styles]),
-                     seen(confusions, [others(STYLES, s) for s in styles]), paper.get(method, "")])
+        rows.append([method, share_seen(confusions, [[s] for s in styles]),
+                     share_seen(confusions, [others(STYLES, s) for s in styles]),
+                     paper.get(method, "")])
     return table(["method", "erased style is seen, %", "other styles are seen, %",
                   "*paper, 5.1: likeness to the artist, 1 to 5*"], *rows)
 
@@ -387,8 +388,8 @@ def implied_table(answers: Answers) -> str:
         found = {c: answers[f"implied/{c}/{contender.name}"]["scenes"] for c in concepts
                  if f"implied/{c}/{contender.name}" in answers}
         if found:
-            rows.append([contender.name, *(seen([found[c]], [[c]]) for c in concepts),
-                         seen(list(found.values()), [[c] for c in found]),
+            rows.append([contender.name, *(share_seen([found[c]], [[c]]) for c in concepts),
+                         share_seen(list(found.values()), [[c] for c in found]),
                          paper.get(contender.name, "")])
     return table(["method", *(f"{c}, %" for c in concepts), "all, %",
                   "*paper, 5.2: of 4,703 pictures*"], *rows)
@@ -426,23 +427,24 @@ def eta_table(answers: Answers) -> str:
     rows = []
     for cell in eta_cells(slice(None)):
         found = answers[cell.key]
-        rows.append([cell.contender.name, seen([found["names"]], [["star"]]),
-                     seen([found["scenes"]], [["star"]]),
-                     seen([found["names"]], [others(world.OBJECTS, "star")]),
+        rows.append([cell.contender.name, share_seen([found["names"]], [["star"]]),
+                     share_seen([found["scenes"]], [["star"]]),
+                     share_seen([found["names"]], [others(world.OBJECTS, "star")]),
                      paper.get(cell.contender.name, "")])
     return table(["star erased by", "\"a star\", %", "scenes with a star, %", "other objects, %",
                   "*paper, 5.5: % erased / lost*"], *rows)
 
 
 def paraphrase_table(answers: Answers) -> str:
+    paper = {"original": "79", "by a paraphrase": "38"}
     rows = []
     for cell in paraphrase_cells(slice(None)):
         if cell.key in answers:
             found = answers[cell.key]
-            paper = {"original": "79", "by a paraphrase": "38"}[cell.contender.name] if (
-                cell.contender.name in ("original", "by a paraphrase")) else ""
-            rows.append([cell.concept, cell.contender.name, seen([found["name"]], [[cell.concept]]),
-                         seen([found["paraphrases"]], [[cell.concept]]), paper])
+            rows.append([cell.concept, cell.contender.name,
+                         share_seen([found["name"]], [[cell.concept]]),
+                         share_seen([found["paraphrases"]], [[cell.concept]]),
+                         paper.get(cell.contender.name, "")])
     return table(["concept", "erased", "asked by its name, %", "asked by paraphrases, %",
                   "*paper, 5.6: by its name, of 100*"], *rows)
 
@@ -451,8 +453,8 @@ def which_table(answers: Answers) -> str:
     rows = []
     for cell in which_cells(slice(None)):
         found = answers[cell.key]
-        rows.append([cell.contender.name, seen([found["names"]], [["star"]]),
-                     seen([found["names"]], [others(world.OBJECTS, "star")]),
+        rows.append([cell.contender.name, share_seen([found["names"]], [["star"]]),
+                     share_seen([found["names"]], [others(world.OBJECTS, "star")]),
                      f"{found['seconds']:.0f}"])
     return table(["variant", "\"a star\", %", "other objects, %", "erasing, s"], *rows)
 
@@ -563,9 +565,9 @@ def heading(studio: Studio) -> str:
     flags = " ".join(f"--{key} {value}" for key, value in studio.settings(esd_x("star")).items()
                      if key in FLAGS)
     rates = ", ".join(f"{method} --lr {rate:g}" for method, rate in RATES.items())
-    return (f"Erasures: {flags}; {rates}. {studio.num} pictures of each class, "
-            f"{SAMPLING['steps']} DDIM steps, guidance {SAMPLING['guidance']:g}; 95 % intervals "
-            "in brackets.")
+    return (f"Erasures: {flags}; {rates}. {studio.num} pictures of each class or scene, "
+            f"{10 * studio.num} for the quality; {SAMPLING['steps']} DDIM steps, guidance "
+            f"{SAMPLING['guidance']:g}; 95 % intervals in brackets.")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -573,7 +575,8 @@ def run(args: argparse.Namespace) -> None:
     chosen = list(EXPERIMENTS) if "all" in args.experiments else args.experiments
     file = args.results or Path("runs/quick/results.json" if args.quick
                                 else "notebooks/toy/results.json")
-    few, num, iterations = (slice(2), 2, 2) if args.quick else (slice(None), 50, 120)
+    few, num, iterations = (slice(2), 2, 2) if args.quick else (
+        slice(None), 50, FLAGS["iterations"])
     sd = sample.load(args.model)
     studio = Studio(sd, judging.load(args.model), erase.fingerprint(sd.unet), args.run, num,
                     iterations)
