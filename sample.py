@@ -409,8 +409,11 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
 # ---- a model to files ----
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` make a file beside `path` and moves it there: it is whole or not there at all."""
-    part = path.with_name(path.name + ".part")
+    """Has `write` make a file beside `path` and moves it there: it is whole or not there at all.
+
+    Two processes may write the same file: each has a name of its own until it is whole.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(part)
         os.replace(part, path)

@@ -8,7 +8,6 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import erase
-import sample
 from notebooks.toy import evaluate, world
 
 ALL = slice(None)
@@ -92,7 +91,8 @@ def run(monkeypatch, *arguments):
 
 def test_a_second_run_does_nothing_again(tmp_path, monkeypatch, capsys):
     file = tmp_path / "results.json"
-    how = ["paraphrase", "--quick", "--results", file, "--run", tmp_path / "run"]
+    how = ["paraphrase", "--quick", "--results", file, "--run", tmp_path / "run",
+           "--processes", 1]
     run(monkeypatch, *how)
     first, tables = json.loads(file.read_text()), capsys.readouterr().out
     assert "| star | by a paraphrase |" in tables and "--iterations 2" in tables
@@ -104,11 +104,28 @@ def test_a_second_run_does_nothing_again(tmp_path, monkeypatch, capsys):
     first["paraphrase/moon/original"]["settings"]["seed"] = 7  # made otherwise: stale
     file.write_text(json.dumps(first))
     made = []
-    monkeypatch.setattr(evaluate, "answer", lambda studio, cell: made.append(cell.key) or
-                        first["paraphrase/star/original"] | {"name": {"moon": {"moon": 1}},
-                                                             "paraphrases": {"moon": {"moon": 1}}})
+    found = first["paraphrase/star/original"] | {"name": {"moon": {"moon": 1}},
+                                                 "paraphrases": {"moon": {"moon": 1}}}
+    monkeypatch.setattr(evaluate, "answer",
+                        lambda place, cell: made.append(cell.key) or (cell, found))
     run(monkeypatch, *how)
     assert made == ["paraphrase/moon/original"]
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    place = (Path("notebooks/toy"), tmp_path, 2, 2)
+    cells = [evaluate.Cell("paraphrase", concept, evaluate.ORIGINAL, (evaluate.name,))
+             for concept in ("star", "moon", "arrow")]
+    one, two = (sorted(evaluate.answers(place, cells, n), key=lambda pair: pair[0].concept)
+                for n in (1, 2))
+    assert one == two and [cell.concept for cell, _ in one] == ["arrow", "moon", "star"]
+    assert one[0][1]["name"] == {"arrow": {"arrow": 2}}
+
+
+def test_no_process_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "eta", "--quick", "--processes", 0)
+    assert end.value.code == 2 and "processes is 0" in capsys.readouterr().err
 
 
 def test_damaged_results_are_refused(tmp_path, monkeypatch, capsys):
@@ -128,19 +145,36 @@ def results():
     return json.loads(Path("notebooks/toy/results.json").read_text())
 
 
-def test_the_results_are_of_this_code_and_this_model(results):
-    toy = sample.load("notebooks/toy")
-    studio = evaluate.Studio(toy, None, erase.fingerprint(toy.unet), None, num=50,
-                             iterations=evaluate.FLAGS["iterations"])
+@pytest.fixture(scope="module")
+def studio():
+    """As the stored results were made, but without the censored miniature."""
+    here = evaluate.open_studio(Path("notebooks/toy"), None, 50, evaluate.FLAGS["iterations"])
+    return here._replace(weights={key: here.weights[key] for key in ("unet", "judge")})
+
+
+def test_the_results_are_of_this_code_and_these_models(studio, results):
     for experiment in evaluate.EXPERIMENTS.values():
         for cell in experiment.cells(ALL):
-            if cell.key in results or not cell.contender.censored:
-                assert results[cell.key]["settings"] == evaluate.settings_of(studio, cell), cell.key
+            assert evaluate.is_stored(studio, cell, results), cell.key
 
 
-def test_the_readme_says_the_settings():
-    toy = sample.load("notebooks/toy")
-    studio = evaluate.Studio(toy, None, "", None, 50, evaluate.FLAGS["iterations"])
+def test_an_answer_of_other_settings_or_models_is_not_taken(studio, results):
+    """All that it depends on is compared, but a censored model only where there is one."""
+    esd = evaluate.Cell("implied", "moon", evaluate.esd_x("moon"), (evaluate.scenes,))
+    censored = esd._replace(contender=evaluate.Contender("censored training", censored=True))
+    other = {"weights": "0", "judge": "0", "seed": 1, "num": 49, "how": {}, "erase": {"eta": 7}}
+    for cell, free in ((esd, set()), (censored, {"weights"})):
+        assert evaluate.is_stored(studio, cell, results)
+        for key, value in other.items():
+            answer = results[cell.key]
+            stale = answer | {"settings": answer["settings"] | {key: value}}
+            taken = evaluate.is_stored(studio, cell, results | {cell.key: stale})
+            assert taken == (key in free), key
+    here = studio._replace(weights=studio.weights | {"censored": "0"})
+    assert not evaluate.is_stored(here, censored, results)
+
+
+def test_the_readme_says_the_settings(studio):
     assert evaluate.heading(studio) in Path("README.md").read_text()
 
 
