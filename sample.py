@@ -7,8 +7,9 @@
 
 Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. A prompt's way to a picture: tokens,
 text encoder (clip_text.py), latents from noise by DDIM (ddim.py) with the U-Net (unet.py), decoder
-of the VAE (vae.py). Below: a model; files to tensors; tensors to a model; a model to files; erased
-weights; prompts to pictures; tables of prompts; the command line.
+of the VAE (vae.py). Who follows a prompt needs the first two sections, a model and prompts to
+pictures. The others: files to tensors; tensors to a model; pictures and models to files; erased
+weights; tables of prompts; the command line.
 """
 
 import argparse
@@ -120,6 +121,79 @@ class StableDiffusion:
         images = self.vae.decode(latents)  # (B, 3, 8H, 8W), -1..1
         pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+# ---- prompts to pictures ----
+
+def starting_noise(sd: StableDiffusion, num: int, seed: int,
+                   size: int | tuple[int, int] | None) -> Tensor:
+    """(num, 4, height/8, width/8), drawn one picture after another on the CPU in float32.
+
+    So it depends neither on the batch nor on the device. Raises ValueError for a size that
+    the levels of the U-Net don't divide.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, choose 0 to {2**63 - 1}")
+    factor, levels = sd.vae.config.factor, len(sd.unet.config.block_out_channels)
+    size = sd.unet.config.sample_size * factor if size is None else size
+    width, height = (size, size) if isinstance(size, int) else size
+    unit = factor * 2 ** (levels - 1)  # 64 pixels for Stable Diffusion v1
+    for side in (width, height):
+        if side < unit or side % unit:
+            raise ValueError(f"size is {side}, choose a multiple of {unit}")
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, sd.unet.config.in_channels, height // factor, width // factor)
+    return torch.cat([torch.randn(shape, generator=generator) for _ in range(num)])
+
+
+@torch.no_grad()
+def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | list[int] = 0,
+             steps: int = 50, guidance: float = 7.5, size: int | tuple[int, int] | None = None,
+             negative: str = "", batch: int = 8, progress: bool = False, safe: str = "",
+             sld: str = "medium") -> list[Image.Image]:
+    """`num` pictures of each prompt, one prompt after another.
+
+    `seed` is one number, from which every prompt gets the same `num` noises, or one for each
+    prompt. `size` is in pixels, one side or (width, height); None is what the model was trained
+    on. `negative` takes the empty prompt's place in the guidance, `batch` pictures are made at
+    once. `safe` is a concept to avoid by Safe Latent Diffusion, in one of ddim.SLD's settings.
+    Raises ValueError for an impossible num, batch, size, steps, seed or sld.
+    """
+    if num < 1 or batch < 1:
+        raise ValueError(f"num is {num}, batch {batch}: choose 1 or more")
+    if sld not in ddim.SLD:
+        raise ValueError(f"sld is {sld!r}, choose from {', '.join(ddim.SLD)}")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+    noise = torch.cat([starting_noise(sd, num, s, size) for s in seeds])  # (P*num, 4, H, W)
+    text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P*num, 77, 768)
+    null, avoid = sd.encode([negative]), sd.encode([safe])
+    total = len(noise) * len(ddim.timesteps(steps))
+    images = []
+    with tqdm(total=total, unit="step", disable=not progress) as bar:
+        for x_t, c in zip(noise.to(sd.device).split(batch), text.split(batch), strict=True):
+            null_c, avoid_c = null.expand_as(c), avoid.expand_as(c)
+            predict = (ddim.safe_guided(sd.unet, c, null_c, avoid_c, guidance, ddim.SLD[sld])
+                       if safe else ddim.guided(sd.unet, c, null_c, guidance))
+            for t, x_t in ddim.denoise(predict, x_t, steps):
+                bar.update(len(x_t) if t else 0)
+            images += sd.decode(x_t)
+    return images
+
+
+def contact_sheet(rows: list[tuple[str, list[Image.Image]]], least: int = 96) -> Image.Image:
+    """Rows of pictures under their labels; small pictures are enlarged to at least `least`."""
+    scale = max(1, math.ceil(least / rows[0][1][0].width))
+    side, gap, line = rows[0][1][0].width * scale, 4, 22
+    width = max(len(images) for _, images in rows) * (side + gap) + gap
+    sheet = Image.new("RGB", (width, len(rows) * (side + line + gap)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, (label, images) in enumerate(rows):
+        top = i * (side + line + gap)
+        draw.text((gap, top + 3), label, fill="black", font=font)
+        for j, image in enumerate(images):
+            sheet.paste(image.resize((side, side)), (gap + j * (side + gap), top + line))
+    return sheet
 
 
 # ---- files to tensors ----
@@ -406,7 +480,7 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
     return StableDiffusion(*parts, words)
 
 
-# ---- a model to files ----
+# ---- pictures and models to files ----
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` make a file beside `path` and moves it there: it is whole or not there at all.
@@ -419,6 +493,36 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def open_image(file: Path) -> Image.Image:
+    """Raises ValueError for what is no picture."""
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} can't be opened as a picture: {error}") from error
+
+
+def save_png(image: Image.Image, path: Path, prompt: str, settings: dict) -> None:
+    """A PNG that says in its text chunk how it was made; written whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("prompt", prompt)
+    info.add_itxt("settings", json.dumps(settings, default=str))
+    write_whole(path, lambda part: image.save(part, format="PNG", pnginfo=info))
+
+
+def check_out(path: Path, suffix: str) -> None:
+    """Makes the folder of a file to come.
+
+    Raises ValueError for another suffix, OSError where nothing can be written: now, not after
+    the work.
+    """
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(f"{path} can't be written: choose a file name that ends in {suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.touch()
+    part.unlink()
 
 
 def write_part(folder: Path, name: str, model: nn.Module) -> None:
@@ -489,109 +593,6 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
     tuned = unet.rename(bare, sd.unet.config)
     check_tensors(tuned, sd.unet.state_dict(), Path(path), partial=True)
     return with_tuned(sd, tuned)
-
-
-# ---- prompts to pictures ----
-
-def starting_noise(sd: StableDiffusion, num: int, seed: int,
-                   size: int | tuple[int, int] | None) -> Tensor:
-    """(num, 4, height/8, width/8), drawn one picture after another on the CPU in float32.
-
-    So it depends neither on the batch nor on the device. Raises ValueError for a size that
-    the levels of the U-Net don't divide.
-    """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, choose 0 to {2**63 - 1}")
-    factor, levels = sd.vae.config.factor, len(sd.unet.config.block_out_channels)
-    size = sd.unet.config.sample_size * factor if size is None else size
-    width, height = (size, size) if isinstance(size, int) else size
-    unit = factor * 2 ** (levels - 1)  # 64 pixels for Stable Diffusion v1
-    for side in (width, height):
-        if side < unit or side % unit:
-            raise ValueError(f"size is {side}, choose a multiple of {unit}")
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, sd.unet.config.in_channels, height // factor, width // factor)
-    return torch.cat([torch.randn(shape, generator=generator) for _ in range(num)])
-
-
-@torch.no_grad()
-def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | list[int] = 0,
-             steps: int = 50, guidance: float = 7.5, size: int | tuple[int, int] | None = None,
-             negative: str = "", batch: int = 8, progress: bool = False, safe: str = "",
-             sld: str = "medium") -> list[Image.Image]:
-    """`num` pictures of each prompt, one prompt after another.
-
-    `seed` is one number, from which every prompt gets the same `num` noises, or one for each
-    prompt. `size` is in pixels, one side or (width, height); None is what the model was trained
-    on. `negative` takes the empty prompt's place in the guidance, `batch` pictures are made at
-    once. `safe` is a concept to avoid by Safe Latent Diffusion, in one of ddim.SLD's settings.
-    Raises ValueError for an impossible num, batch, size, steps, seed or sld.
-    """
-    if num < 1 or batch < 1:
-        raise ValueError(f"num is {num}, batch {batch}: choose 1 or more")
-    if sld not in ddim.SLD:
-        raise ValueError(f"sld is {sld!r}, choose from {', '.join(ddim.SLD)}")
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
-    noise = torch.cat([starting_noise(sd, num, s, size) for s in seeds])  # (P*num, 4, H, W)
-    text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P*num, 77, 768)
-    null, avoid = sd.encode([negative]), sd.encode([safe])
-    total = len(noise) * len(ddim.timesteps(steps))
-    images = []
-    with tqdm(total=total, unit="step", disable=not progress) as bar:
-        for x_t, c in zip(noise.to(sd.device).split(batch), text.split(batch), strict=True):
-            null_c, avoid_c = null.expand_as(c), avoid.expand_as(c)
-            predict = (ddim.safe_guided(sd.unet, c, null_c, avoid_c, guidance, ddim.SLD[sld])
-                       if safe else ddim.guided(sd.unet, c, null_c, guidance))
-            for t, x_t in ddim.denoise(predict, x_t, steps):
-                bar.update(len(x_t) if t else 0)
-            images += sd.decode(x_t)
-    return images
-
-
-def contact_sheet(rows: list[tuple[str, list[Image.Image]]], least: int = 96) -> Image.Image:
-    """Rows of pictures under their labels; small pictures are enlarged to at least `least`."""
-    scale = max(1, math.ceil(least / rows[0][1][0].width))
-    side, gap, line = rows[0][1][0].width * scale, 4, 22
-    width = max(len(images) for _, images in rows) * (side + gap) + gap
-    sheet = Image.new("RGB", (width, len(rows) * (side + line + gap)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for i, (label, images) in enumerate(rows):
-        top = i * (side + line + gap)
-        draw.text((gap, top + 3), label, fill="black", font=font)
-        for j, image in enumerate(images):
-            sheet.paste(image.resize((side, side)), (gap + j * (side + gap), top + line))
-    return sheet
-
-
-def open_image(file: Path) -> Image.Image:
-    """Raises ValueError for what is no picture."""
-    try:
-        return Image.open(file).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} can't be opened as a picture: {error}") from error
-
-
-def save_png(image: Image.Image, path: Path, prompt: str, settings: dict) -> None:
-    """A PNG that says in its text chunk how it was made; written whole or not at all."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("prompt", prompt)
-    info.add_itxt("settings", json.dumps(settings, default=str))
-    write_whole(path, lambda part: image.save(part, format="PNG", pnginfo=info))
-
-
-def check_out(path: Path, suffix: str) -> None:
-    """Makes the folder of a file to come.
-
-    Raises ValueError for another suffix, OSError where nothing can be written: now, not after
-    the work.
-    """
-    if path.suffix != suffix or path.is_dir():
-        raise ValueError(f"{path} can't be written: choose a file name that ends in {suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.touch()
-    part.unlink()
 
 
 # ---- tables of prompts ----
