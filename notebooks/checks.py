@@ -128,8 +128,9 @@ def selective_loss(answer: Callable) -> str:
     text = erase.Text(*(torch.full((2, 77, 8), value).double() for value in (3.0, 1.0, 2.0)))
     x_t, t = noise(2, 4, 3, 3), torch.tensor([7, 500])
 
-    def frozen(x_t, t, c):  # the prompt counts for much in one part of the picture only
-        return 0.5 * x_t + 0.1 * c.mean() * torch.where(x_t > 0, 1.0, 0.2)
+    def frozen(x_t, t, c):  # the prompt counts for much, up or down, in two parts of the picture
+        much = torch.where(x_t > 0.5, 1.0, torch.where(x_t < -0.5, -1.0, 0.2))
+        return 0.5 * x_t + 0.1 * c.mean() * much
 
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
 
@@ -141,16 +142,29 @@ def selective_loss(answer: Callable) -> str:
         return reason
     eps_null, eps_c = frozen(x_t, t, text.null), frozen(x_t, t, text.concept)
     matters = (eps_c - eps_null).abs() > 0.1
-    wanted = torch.where(matters, erase.esd_target(eps_null, eps_c, 2.0), eps_c)
-    error = (edited(x_t, t, text.concept) - wanted).square()
+    eq_6 = erase.esd_target(eps_null, eps_c, 2.0)
+
+    def error(where, elsewhere=eps_c):
+        target = torch.where(where, eq_6, elsewhere)
+        return (edited(x_t, t, text.concept) - target).detach().square()
+
+    mistakes = (
+        (error(torch.ones_like(matters)).mean(dim=(1, 2, 3)), "that is Eq. 6 everywhere"),
+        (error(eps_c - eps_null > 0.1).mean(dim=(1, 2, 3)),
+         "a difference of -0.2 is a large one, too: compare its absolute value"),
+        (error(~matters).mean(dim=(1, 2, 3)), "it erases where the predictions hardly differ"),
+        (error(matters, eps_null).mean(dim=(1, 2, 3)),
+         "elsewhere the target is the original's prediction for the concept"),
+        (error(matters).sum(dim=(1, 2, 3)), "that is the sum over a sample's elements, not the "
+                                            "mean"),
+        (torch.stack([e[m].mean() for e, m in zip(error(matters), matters)]),
+         "elements that aren't erased count, too: there the model is to stay as it is"))
     if not isinstance(result, Tensor) or result.shape != (2,):
         return ("wrong: return one number for each sample, (2,), not "
                 f"{getattr(result, 'shape', result)}")
-    if not alike(result.detach(), error.mean(dim=(1, 2, 3)).detach()):
-        if alike(result.detach(), erase.esd_loss(edited, frozen, x_t, t, text, 2.0).detach()):
-            return "wrong: that is Eq. 6 everywhere"
-        return ("wrong: the numbers differ; elsewhere the target is the original's prediction for "
-                "the concept")
+    if not alike(result.detach(), error(matters).mean(dim=(1, 2, 3))):
+        return "wrong: " + next((what for loss, what in mistakes if alike(result.detach(), loss)),
+                                "the numbers differ")
     if not result.requires_grad:
         return "wrong: the loss has no gradient, the edited model was called under no_grad"
     return "right"

@@ -36,15 +36,19 @@ def normal_interval(hits, asked):
     return p - half, p + half
 
 
-def selective(flip=False, reach=(1, 2, 3), grad=True, elsewhere="concept"):
+def selective(flip=False, reach=(1, 2, 3), grad=True, elsewhere="concept", size=torch.abs,
+              masked=False, total=False):
     def loss(unet, frozen, x_t, t, text, eta):
         with torch.no_grad():
             eps_null, eps_c = frozen(x_t, t, text.null), frozen(x_t, t, text.concept)
-            matters = ((eps_c - eps_null).abs() > 0.1) != flip
+            matters = (size(eps_c - eps_null) > 0.1) != flip
             rest = eps_c if elsewhere == "concept" else eps_null
             target = torch.where(matters, erase.esd_target(eps_null, eps_c, eta), rest)
         with torch.set_grad_enabled(grad):
-            return (unet(x_t, t, text.concept) - target).square().mean(dim=reach)
+            error = (unet(x_t, t, text.concept) - target).square()
+            if masked:
+                return torch.stack([e[m].mean() for e, m in zip(error, matters)])
+            return error.sum(dim=reach) if total else error.mean(dim=reach)
     return loss
 
 
@@ -68,7 +72,8 @@ MISTAKES = {
     "safe_direction": [safe(bound=lambda mu: mu), safe(below=False),
                        safe(bound=lambda mu: mu.clamp(min=1)), safe(base="c")],
     "selective_loss": [erase.esd_loss, selective(flip=True), selective(reach=(0, 1, 2, 3)),
-                       selective(grad=False), selective(elsewhere="null")],
+                       selective(grad=False), selective(elsewhere="null"),
+                       selective(size=lambda d: d), selective(masked=True), selective(total=True)],
     "add_noise": [lambda x, n, a: a * x + (1 - a) * n,
                   lambda x, n, a: (1 - a).sqrt() * x + a.sqrt() * n,
                   lambda x, n, a: x + (1 - a).sqrt() * n],

@@ -420,8 +420,9 @@ def works_table(answers: Answers) -> str:
         means = [np.mean([found[title] for title in group]) if group else None for group in groups]
         rows.append([cell.contender.name,
                      *("" if mean is None else f"{mean:.1f}" for mean in means)])
-    return table(["erased works", "to the picture: erased", "others of their style", "other styles",
-                  "ordinary prompts, to the original model's"], *rows)
+    return table(["mean difference of a pixel, 0 to 255", "erased works to their pictures",
+                  "others of their style", "other styles",
+                  "ordinary prompts, to the original model's pictures"], *rows)
 
 
 def eta_table(answers: Answers) -> str:
@@ -505,11 +506,23 @@ def rows_picture(studio: Studio, cells: list[Cell], prompts: list[str]) -> Image
 
 
 def implied_picture(studio: Studio, answers: Answers, few: slice) -> Image.Image:
-    concept = IMPLIED[few][-1]
-    cells = [cell for cell in implied_cells(few)
-             if cell.concept == concept and cell.key in answers]
-    prompts = [prompt for prompt, scene in world.SCENES.items() if scene.object == concept]
-    return rows_picture(studio, cells, 2 * prompts)
+    """The scenes of two concepts under every method, each with the concept erased or avoided.
+
+    Above a picture of the original is its prompt, above the others how often the judge still sees
+    the concept in all of its scenes.
+    """
+    rows = {contender.name: [] for contender in implied_contenders("star")}
+    for cell in implied_cells(few):
+        if cell.concept in ("heart", "arrow") and cell.key in answers:
+            prompts = [p for p, scene in world.SCENES.items() if scene.object == cell.concept]
+            seen = answers[cell.key]["scenes"][cell.concept]
+            share = 100 * seen.get(cell.concept, 0) / sum(seen.values())
+            images = studio.draw(studio.model(cell.contender)[0], cell.contender.how, prompts)
+            rows[cell.contender.name] += [
+                (prompt if cell.contender == ORIGINAL else f"{cell.concept} {share:.0f} %", image)
+                for prompt, image in zip(prompts, images)]
+    blank = Image.new("RGB", (world.SIZE, world.SIZE), "white")
+    return world.contact_sheet([[(name, blank), *row] for name, row in rows.items() if row])
 
 
 def works_picture(studio: Studio, answers: Answers, few: slice) -> Image.Image:
