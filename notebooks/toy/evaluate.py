@@ -89,7 +89,7 @@ def esd_u(concept: str, **more) -> Contender:
 
 
 def esd_u_as_written(concept: str) -> Contender:
-    """ESD-u by the paper's words, all but the cross-attention; its code spares more."""
+    """ESD-u by the paper's words: all but the cross-attention. Its code leaves out more."""
     return Contender("ESD-u, the paper's rule", esd_u(concept, method=AS_WRITTEN).erase)
 
 
@@ -497,8 +497,7 @@ def confusion_grid(studio: Studio, answers: Answers, cells: list[Cell], prompts:
 
 
 def objects_picture(studio: Studio, answers: Answers, few: slice) -> Image.Image:
-    cells = [cell for cell in objects_cells(few)
-             if cell.contender.name in ("original", "ESD-u, the paper's rule")]
+    cells = [cell for cell in objects_cells(few) if cell.contender.name in ("original", "ESD-u")]
     prompts = [with_article(name) for name in world.OBJECTS]
     return confusion_grid(studio, answers, cells, prompts, "names", world.OBJECTS)
 
