@@ -254,3 +254,18 @@ def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, argume
     out = tmp_path / "out.png"
     assert says in fails_in_one_line(monkeypatch, capsys, "a star", "--out", out, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
+    """Neither takes the other's half-written file away; who ends last is there."""
+    file = tmp_path / "both.txt"
+
+    def write(part):
+        part.write_text("first")
+        with monkeypatch.context() as other:
+            other.setattr(sample.os, "getpid", lambda: -1)
+            sample.write_whole(file, lambda part: part.write_text("second"))
+        assert file.read_text() == "second"
+
+    sample.write_whole(file, write)
+    assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]

@@ -472,6 +472,12 @@ def which_table(answers: Answers) -> str:
 
 # ---- pictures ----
 
+def label_of(confusion: dict, wanted: str) -> str:
+    """How often the judge saw what was asked for: "star 98 %"."""
+    row = confusion[wanted]
+    return f"{wanted} {100 * row.get(wanted, 0) / sum(row.values()):.0f} %"
+
+
 def grid(studio: Studio, contenders: list[Contender], prompts: list[str], sides: list[str],
          labels: list[list[str]]) -> Image.Image:
     """A row for each contender, a picture for each prompt, the same seeds in every row."""
@@ -489,9 +495,7 @@ def confusion_grid(studio: Studio, answers: Answers, cells: list[Cell], prompts:
     """
     labels = []
     for cell in cells:
-        found = answers[cell.key][kind]
-        labels.append([f"{name} {100 * found[name].get(name, 0) / sum(found[name].values()):.0f} %"
-                       for name in asked])
+        labels.append([label_of(answers[cell.key][kind], name) for name in asked])
     sides = [f"erased: {cell.concept or 'nothing'}" for cell in cells]
     return grid(studio, [cell.contender for cell in cells], prompts, sides, labels)
 
@@ -523,11 +527,10 @@ def implied_picture(studio: Studio, answers: Answers, few: slice) -> Image.Image
     for cell in implied_cells(few):
         if cell.concept in ("heart", "arrow") and cell.key in answers:
             prompts = [p for p, scene in world.SCENES.items() if scene.object == cell.concept]
-            seen = answers[cell.key]["scenes"][cell.concept]
-            share = 100 * seen.get(cell.concept, 0) / sum(seen.values())
+            seen = label_of(answers[cell.key]["scenes"], cell.concept)
             images = studio.draw(studio.model(cell.contender)[0], cell.contender.how, prompts)
             rows[cell.contender.name] += [
-                (prompt if cell.contender == ORIGINAL else f"{cell.concept} {share:.0f} %", image)
+                (prompt if cell.contender == ORIGINAL else seen, image)
                 for prompt, image in zip(prompts, images)]
     blank = Image.new("RGB", (world.SIZE, world.SIZE), "white")
     return world.contact_sheet([[(name, blank), *row] for name, row in rows.items() if row])
@@ -571,9 +574,9 @@ EXPERIMENTS = {
 
 def settings_of(studio: Studio, cell: Cell) -> dict:
     """All that a cell's answers depend on, as JSON gives it back."""
-    drawn_by = "censored" if cell.contender.censored else "unet"
+    whose = "censored" if cell.contender.censored else "unet"
     settings = {"erase": studio.settings(cell.contender), "how": SAMPLING | cell.contender.how,
-                "seed": SEED, "num": studio.num, "weights": studio.weights.get(drawn_by),
+                "seed": SEED, "num": studio.num, "weights": studio.weights.get(whose),
                 "judge": studio.weights["judge"]}
     return json.loads(json.dumps(settings))
 
