@@ -115,7 +115,7 @@ def check_settings(concepts: list[str], anchors: list[str], images: list | None,
 def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: float = 1.0,
           lr: float = 1e-5, iterations: int = 1000, loss_fn: Callable = esd_loss,
           guidance: float = 3.0, steps: int = 50, seed: int = 0, batch: int = 1,
-          average: float = 0.0, anchors: list[str] | None = None,
+          average: float = 0.0, lr_decay: bool = False, anchors: list[str] | None = None,
           images: list[Image.Image] | None = None, drawn_by: str = "edited", jitter: bool = False,
           keep: Callable[[dict], None] | None = None, state: dict | None = None,
           progress: bool = False) -> dict[str, Tensor]:
@@ -130,6 +130,7 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
     drawn_by: "edited", or "frozen" as in the official code of 2025.
     jitter: t is uniform within its step, as in the official code of 2023.
     average: decay of theta's exponential average, which is then what returns; 0: theta itself.
+    lr_decay: the learning rate falls linearly, to 0 after the last iteration.
     keep: called with the state every 25 iterations; `state` goes on from one of those.
     Raises ValueError for impossible settings, and where the loss isn't finite.
     """
@@ -185,6 +186,8 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
         if not loss.isfinite().all():
             raise ValueError(f"the loss at iteration {iteration}, t = {t}, isn't finite: try a "
                              "smaller --lr or --eta, or --dtype float32")
+        if lr_decay:
+            optimizer.param_groups[0]["lr"] = lr * (1 - iteration / iterations)
         scaler.scale(loss.mean()).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -265,7 +268,7 @@ def run(args: argparse.Namespace) -> None:
     images = [sample.open_image(file) for file in args.image] or None
     settings = {key: getattr(args, key) for key in (
         "concepts", "anchors", "model", "method", "eta", "lr", "iterations", "guidance",
-        "steps", "seed", "batch", "average", "drawn_by", "jitter")}
+        "steps", "seed", "batch", "average", "lr_decay", "drawn_by", "jitter")}
     settings |= {"image": [*map(str, args.image)], "dtype": str(sd.dtype),
                  "weights": fingerprint(sd.unet)}
     state = read_checkpoint(checkpoint, settings) if args.resume else None
@@ -277,8 +280,8 @@ def run(args: argparse.Namespace) -> None:
     try:
         theta = erase(sd, args.concepts, args.method, args.eta, args.lr, args.iterations,
                       esd_from_loss if args.anchors else esd_loss, args.guidance, args.steps,
-                      args.seed, args.batch, args.average, args.anchors, images, args.drawn_by,
-                      args.jitter, keep, state, progress=True)
+                      args.seed, args.batch, args.average, args.lr_decay, args.anchors, images,
+                      args.drawn_by, args.jitter, keep, state, progress=True)
     except KeyboardInterrupt:
         if checkpoint.exists():
             print(f"{checkpoint} keeps what was reached: go on with --resume", file=sys.stderr)
@@ -316,6 +319,7 @@ def main() -> None:
     add("--batch", type=int, default=1, help="latents in an iteration")
     add("--average", type=float, default=0.0,
         help="decay of the average of the tuned tensors; 0: the last ones")
+    add("--lr-decay", action="store_true", help="the learning rate falls linearly to 0")
     add("--checkpointing", action="store_true", help="less memory, a third more time: activations "
         "are computed twice")
     add("--resume", action="store_true", help="go on where the same command was interrupted")

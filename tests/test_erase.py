@@ -1,6 +1,7 @@
 """erase.py: Eq. 6, which tensors move, one step by hand, the file, the command line."""
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import ddim
 import erase
@@ -158,6 +160,18 @@ def test_average_is_of_the_tensors_after_each_iteration(sd):
     assert not torch.allclose(averaged, c, atol=1e-4)
 
 
+def test_the_rate_falls_to_zero_or_stays(sd):
+    rates = []
+    hook = register_optimizer_step_post_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        erase.erase(sd, ["star"], lr=0.8, lr_decay=True, iterations=4, steps=2)
+        erase.erase(sd, ["star"], lr=0.8, iterations=2, steps=2)
+    finally:
+        hook.remove()
+    assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.8, 0.8])
+
+
 def test_a_batch_has_several_latents_and_one_loss_for_each(sd):
     def loss(unet, frozen, x_t, t, text, eta):
         value = erase.esd_loss(unet, frozen, x_t, t, text, eta)
@@ -283,10 +297,10 @@ def test_settings_that_do_not_go_together(settings, says, sd):
 
 # Interrupted, resumed, gone wrong
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_what_goes_on_from_a_state_ends_the_same_bit_for_bit(average, sd, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [{}, {"average": 0.9, "lr_decay": True, "jitter": True}])
+def test_what_goes_on_from_a_state_ends_the_same_bit_for_bit(more, sd, tmp_path, monkeypatch):
     monkeypatch.setattr(erase, "KEEP_EVERY", 3)
-    settings = {"iterations": 7, "steps": 3, "lr": 1e-3, "average": average, "batch": 2}
+    settings = {"iterations": 7, "steps": 3, "lr": 1e-3, "batch": 2} | more
     states = []
     whole = erase.erase(sd, ["star", "heart"], **settings,
                         keep=lambda state: states.append(copy.deepcopy(state)))
@@ -450,7 +464,8 @@ def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, argume
 def test_a_killed_run_is_resumed_to_the_same_file(folder, tmp_path, monkeypatch, capsys,
                                                   no_picture):
     monkeypatch.setattr(erase, "KEEP_EVERY", 3)
-    command = ["star", "--model", folder, "--iterations", 8, "--steps", 2, "--average", 0.9]
+    command = ["star", "--model", folder, "--iterations", 8, "--steps", 2, "--average", 0.9,
+               "--lr-decay"]
     run_main(monkeypatch, *command, "--out", tmp_path / "whole.safetensors")
 
     out, steps = tmp_path / "broken.safetensors", []
@@ -485,6 +500,25 @@ def test_a_killed_run_is_resumed_to_the_same_file(folder, tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         run_main(monkeypatch, *command, "--out", out)
     assert "broken.safetensors is there already" in capsys.readouterr().err
+
+
+def test_every_flag_reaches_the_loop_and_the_file(folder, tmp_path, monkeypatch, no_picture):
+    flags = {"method": "full", "eta": 2.0, "lr": 1e-3, "iterations": 1, "guidance": 4.0, "steps": 3,
+             "seed": 5, "batch": 2, "average": 0.5, "lr_decay": True, "drawn_by": "frozen",
+             "jitter": True}
+    given, loop = {}, erase.erase
+
+    def spy(*args, **kwargs):
+        given.update(inspect.signature(loop).bind(*args, **kwargs).arguments)
+        return loop(*args, **kwargs)
+
+    monkeypatch.setattr(erase, "erase", spy)
+    typed = [word for key, value in flags.items()
+             for word in (f"--{key.replace('_', '-')}", *([] if value is True else [value]))]
+    run_main(monkeypatch, "star", "--model", folder, *typed, "--out", tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        saved = json.loads(file.metadata()["settings"])
+    assert flags.items() <= given.items() and flags.items() <= saved.items()
 
 
 def test_the_command_takes_pictures_and_wider_concepts(folder, tmp_path, monkeypatch, no_picture):
