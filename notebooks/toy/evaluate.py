@@ -137,7 +137,7 @@ class Studio(NamedTuple):
         """All that `erased_weights` is given for it."""
         if not contender.erase:
             return {}
-        rate = RATES.get(contender.erase["method"], RATES["esd-u"])
+        rate = RATES["esd-x" if contender.erase["method"].startswith("esd-x") else "esd-u"]
         return FLAGS | {"lr": rate, "iterations": self.iterations} | contender.erase
 
     def model(self, contender: Contender) -> tuple[StableDiffusion, float | None]:
@@ -314,6 +314,7 @@ def which_cells(few: slice) -> list[Cell]:
         "the paper's (ESD-x)": esd_x("star"),
         "x_t by the frozen model": esd_x("star", drawn_by="frozen"),
         "t jittered": esd_x("star", jitter=True),
+        "learning rate falls to 0": esd_x("star", lr_decay=True),
         "weights and Adam in bfloat16": esd_x("star", bfloat16=True),
         "keys and values only": esd_x("star", method="esd-x-strict"),
         "ESD-u, its code's parameters": esd_u("star"),
