@@ -266,11 +266,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.method} tunes {len(names)} tensors, "
           f"{sum(parameters[name].numel() for name in names):,} parameters")
     images = [sample.open_image(file) for file in args.image] or None
-    settings = {key: getattr(args, key) for key in (
-        "concepts", "anchors", "model", "method", "eta", "lr", "iterations", "guidance",
-        "steps", "seed", "batch", "average", "lr_decay", "drawn_by", "jitter")}
-    settings |= {"image": [*map(str, args.image)], "dtype": str(sd.dtype),
-                 "weights": fingerprint(sd.unet)}
+    flags = {key: getattr(args, key) for key in (  # as `erase` names them
+        "concepts", "anchors", "method", "eta", "lr", "iterations", "guidance", "steps", "seed",
+        "batch", "average", "lr_decay", "drawn_by", "jitter")}
+    settings = flags | {"model": args.model, "image": [*map(str, args.image)],
+                        "dtype": str(sd.dtype), "weights": fingerprint(sd.unet)}
     state = read_checkpoint(checkpoint, settings) if args.resume else None
 
     def keep(state: dict) -> None:
@@ -278,10 +278,8 @@ def run(args: argparse.Namespace) -> None:
         sample.write_whole(checkpoint, lambda part: torch.save(content, part))
 
     try:
-        theta = erase(sd, args.concepts, args.method, args.eta, args.lr, args.iterations,
-                      esd_from_loss if args.anchors else esd_loss, args.guidance, args.steps,
-                      args.seed, args.batch, args.average, args.lr_decay, args.anchors, images,
-                      args.drawn_by, args.jitter, keep, state, progress=True)
+        theta = erase(sd, **flags, loss_fn=esd_from_loss if args.anchors else esd_loss,
+                      images=images, keep=keep, state=state, progress=True)
     except KeyboardInterrupt:
         if checkpoint.exists():
             print(f"{checkpoint} keeps what was reached: go on with --resume", file=sys.stderr)

@@ -40,6 +40,14 @@ def test_a_concept_is_erased_and_avoided_by_the_same_words():
         assert evaluate.sld(concept, "max").how == {"safe": words, "sld": "max"}
 
 
+def test_a_rate_belongs_to_what_is_tuned(studio):
+    """The parts of ESD-x get its rate; ESD-u's left 98 % of the stars to keys and values."""
+    for contender, method in ((evaluate.esd_x("star"), "esd-x"), (evaluate.esd_u("star"), "esd-u"),
+                              (evaluate.esd_x("star", method="esd-x-strict"), "esd-x"),
+                              (evaluate.esd_u_as_written("star"), "esd-u")):
+        assert studio.settings(contender)["lr"] == evaluate.RATES[method]
+
+
 def counted(own: int, rest: int, concept: str) -> dict:
     """Ten pictures of each object: how many are right of the concept and of each other one."""
     return {name: {name: right, "none of these": 10 - right}
