@@ -71,6 +71,15 @@ def test_captions_are_good_english():
     assert not any(" a o" in f" {c}" or " a a" in f" {c}" for c in captions)
 
 
+def test_a_name_alone_may_come_in_any_style():
+    """Were a style always named, a bare name would mean plain, and erasing it would cost plain."""
+    for style in world.STYLES:
+        r = rng(3)
+        named = [f"style of {style}" in world.caption("star", "red", style, r) for _ in range(2000)]
+        expected = 0 if style == "plain" else 0.6
+        assert abs(np.mean(named) - expected) < 0.03, style
+
+
 def test_what_is_left_out_is_never_drawn():
     examples = [world.draw(r, without=("moon", "mosaic")) for r in [rng()] for _ in range(2000)]
     assert not any(e.object == "moon" or e.style == "mosaic" for e in examples)

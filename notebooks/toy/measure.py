@@ -173,7 +173,7 @@ class Answers(NamedTuple):
     """What the judge saw in a model's pictures, (wanted, seen) for each: 50 or more of a class."""
 
     object: list[tuple[dict, dict]]  # "a star"
-    style: list[tuple[dict, dict]]  # "a star in the style of mosaic"; "a star" is plain
+    style: list[tuple[dict, dict]]  # "a star in the style of mosaic"
     colour: list[tuple[dict, dict]]  # "a red star"
 
     def share(self, head: str, name: str, concept: str) -> float:
@@ -193,9 +193,7 @@ def all_answers(painter: Painter, judge: Judge) -> Answers:
         images = sample.generate(painter.sd, prompts, seed=seeds, steps=painter.steps,
                                  guidance=painter.guidance, batch=50, progress=True)
         kinds.append(list(zip(wanted, judging.read(judge, images))))
-    bare, styled_ones, coloured_ones = kinds
-    plain = [(wanted | {"style": "plain"}, seen) for wanted, seen in bare]
-    return Answers(bare, plain + styled_ones, coloured_ones)
+    return Answers(*kinds)
 
 
 def saved_settings(file: Path) -> dict:
@@ -225,7 +223,8 @@ def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> s
     """What is left of the concept, what was kept of the rest, and what stands in its place."""
     concept = settings["name"]
     head = "object" if concept in world.OBJECTS else "style"
-    names = {"object": world.OBJECTS, "style": world.STYLES, "colour": tuple(world.COLOURS)}
+    names = {"object": world.OBJECTS, "style": world.STYLES[1:],  # no words ask for plain
+             "colour": tuple(world.COLOURS)}
     kept = {h: {n: after.share(h, n, concept) / before.share(h, n, concept)
                 for n in names[h] if n != concept} for h in names}
     worst = min(kept[head], key=kept[head].get)

@@ -349,9 +349,12 @@ def with_article(phrase):
 
 
 def caption(object: str, colour: str, style: str, rng: np.random.Generator) -> str:
-    """A caption; colour, name and object itself are sometimes left out or paraphrased."""
+    """A caption; style, colour, name and object itself are sometimes left out or paraphrased.
+
+    A name alone must not mean a plain picture, or what erases the name leads away from plain too.
+    """
     check_labels(object, colour, style)
-    suffix = "" if style == "plain" else f" in the style of {style}"
+    suffix = "" if style == "plain" or rng.random() < 0.4 else f" in the style of {style}"
     if suffix and rng.random() < 0.12:
         return pick(rng, ("a picture", "an image")) + suffix
     noun = pick(rng, PARAPHRASES[object]) if rng.random() < 0.25 else object
