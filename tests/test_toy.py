@@ -167,6 +167,34 @@ def test_frechet_distance_of_gaussians():
     assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
+def answers(seen_as=lambda wanted: wanted):
+    """Two pictures of each class, seen as `seen_as` says; a bare name's come as mosaics."""
+    bare = [{"object": o} for o in world.OBJECTS]
+    styled = [{"object": o, "style": s} for o in world.OBJECTS for s in world.STYLES[1:]]
+    coloured = [{"object": o, "colour": c} for o in world.OBJECTS for c in world.COLOURS]
+    look = {"object": None, "style": "mosaic", "colour": None}
+    return measure.Answers(*([(wanted, look | seen_as(wanted)) for wanted in kind * 2]
+                             for kind in (bare, styled, coloured)))
+
+
+def test_the_row_of_an_erasure():
+    """Of the erased object one of two is left; half of the circles and all neon are lost."""
+    settings = {"name": "star", "method": "esd-x", "seed": 3, "iterations": 7}
+    stars = iter(["star", "moon"] * len(world.OBJECTS) * 10)
+
+    def seen_as(wanted):
+        if wanted["object"] == "star":  # what becomes of its styles and colours doesn't count
+            return {"object": next(stars)}
+        return wanted | {"style": "dots"} if wanted.get("style") == "neon" else wanted
+
+    after = answers(seen_as)
+    after.object[0][1]["object"] = "square"  # world.OBJECTS begins with the circle
+    row = measure.erased_row(Path("a.safetensors"), answers(), after, settings)
+    kept_objects, kept_styles = (8 + 0.5) / 9, 4 / 5  # "a square" that comes as a mosaic costs none
+    assert row == (f"| a | star | esd-x | 3 | 7 | 100.0 | 50.0 | {100 * kept_objects:.1f} "
+                   f"| {100 * kept_styles:.1f} | 100.0 | circle 50.0 | 1 moon |")
+
+
 def test_labels_of_nothing_are_the_last_class():
     example = world.Example(None, "", None, "green", None)
     assert judge.labels_of(example) == [10, 1, 6]
