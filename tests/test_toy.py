@@ -230,8 +230,8 @@ def test_the_shipped_model_draws_what_it_is_asked_for(toy):
 def test_the_loss_in_the_readme_runs():
     """As it stands there, with fewer iterations and steps."""
     block, = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
-    assert "iterations=120, steps=10" in block and "num=4)" in block
-    quick = block.replace("iterations=120, steps=10", "iterations=2, steps=2")
+    assert "iterations=160, steps=8" in block and "num=4)" in block
+    quick = block.replace("iterations=160, steps=8", "iterations=2, steps=2")
     names = {}
     exec(quick.replace("num=4)", "num=1, steps=2)"), names)
     assert names["images"][0].size == (64, 64) and names["theta"]

@@ -48,8 +48,8 @@ from notebooks.toy.world import with_article
 from sample import StableDiffusion
 
 # The miniature's settings, the same in all experiments; everything else is the paper's.
-FLAGS = {"iterations": 120, "steps": 10, "guidance": 5.0, "batch": 4, "average": 0.97}
-RATES = {"esd-x": 5e-4, "esd-u": 1e-4}
+FLAGS = {"iterations": 160, "steps": 8, "batch": 4, "average": 0.97}
+RATES = {"esd-x": 4e-4, "esd-u": 1e-4}
 SAMPLING = {"steps": 10, "guidance": 5.0, "batch": 50}
 SEED = 1000  # of a cell's first picture; each picture has its own, the same for all contenders
 
