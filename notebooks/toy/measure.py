@@ -230,19 +230,23 @@ def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> s
     worst = min(kept[head], key=kept[head].get)
     place = Counter(seen[head] or "none of these" for wanted, seen in getattr(after, head)
                     if wanted[head] == concept and seen[head] != concept)
+    dressed = [seen["object"] == concept for wanted, seen in after.style + after.colour
+               if wanted["object"] == concept]  # "a star in the style of mosaic", "a red star"
     others = " | ".join(percent(np.mean(list(kept[h].values()))) for h in names)
     return (f"| {file.stem} | {concept} | {settings['method']} | {settings['seed']} "
             f"| {settings['iterations']} | {percent(before.share(head, concept, concept))} "
-            f"| {percent(after.share(head, concept, concept))} | {others} "
+            f"| {percent(after.share(head, concept, concept))} "
+            f"| {percent(np.mean(dressed)) if dressed else ''} | {others} "
             f"| {worst} {percent(kept[head][worst])} "
             f"| {', '.join(f'{n} {name}' for name, n in place.most_common(3))} |")
 
 
 def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
     """A row for each file; the numbers of the others are in % of what they were."""
-    print("| file | erased | method | seed | iterations | before, % | left, % | objects kept, % "
-          "| styles kept, % | colours kept, % | worst | most seen in its place |\n"
-          "|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| file | erased | method | seed | iterations | before, % | left, % "
+          "| left in styles and colours, % | objects kept, % | styles kept, % | colours kept, % "
+          "| worst | most seen in its place |\n"
+          f"|{'---|' * 13}")
     settings = [settings_of(file) for file in files]
     models = [sample.load_erased(painter.sd, file) for file in files]
     before = all_answers(painter, judge)
