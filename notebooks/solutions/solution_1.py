@@ -6,9 +6,9 @@ target for eta = 1. With a negative prompt n: eps(n) + alpha [eps(c) - eps(n)]. 
 then plays no part for any alpha. For alpha = 7.5 the weight of eps(n) is 1 - alpha = -6.5: it is
 pushed away from nearly as strongly as c is drawn to.
 
-1.3. The first steps decide what is drawn and where, the rest its edges: at guidance 1 few steps
-suffice, since a prediction changes little along the way; at 15 it changes much, and large steps
-overshoot.
+1.3. The first steps decide what is drawn and where, the rest its colour and edges: at guidance 1
+few steps suffice, since a prediction changes little along the way; at 15 it changes much, and large
+steps overshoot.
 """
 
 import ddim

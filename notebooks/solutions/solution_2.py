@@ -10,8 +10,7 @@ after 125 iterations with the notebook's flags). Queries and keys decide how muc
 pixel gets, values and output layers what that is: change what comes and the star goes, change only
 who looks where and it stays. A word has values of its own, so to this part "tied to the words"
 applies literally. The output layers don't know which word they serve: they get a mixture of values
-and can only treat some mixtures differently, and prompts whose mixtures are alike (circle and
-cross) suffer together.
+and can only treat some mixtures differently, whichever words they come from.
 """
 
 

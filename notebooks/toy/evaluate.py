@@ -10,8 +10,8 @@ counted by the judge. Cells are kept in --results as soon as they are done, and 
 pictures beside the results. From nothing, with another --results and --run, all takes an hour and
 a half on two cores.
 
-The censored miniature, which never saw the four objects of `implied`, is trained by (in about 45
-minutes)
+The censored miniature, which never saw the four objects of `implied`, is trained by (in 45
+minutes on two cores, 55 on one)
 
     mkdir -p runs/censored/model
     cp -r notebooks/toy/{vae,text_encoder,tokenizer,scheduler,judge} runs/censored/model
