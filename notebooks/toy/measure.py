@@ -170,7 +170,7 @@ def frechet_line(painter: Painter, judge: Judge, count: int = 1000) -> None:
 
 
 class Answers(NamedTuple):
-    """What the judge saw in a model's pictures, (wanted, seen) for each: 50 or more of a class."""
+    """What the judge saw in a model's pictures, (wanted, seen) for each: 50 of a class or more."""
 
     object: list[tuple[dict, dict]]  # "a star"
     style: list[tuple[dict, dict]]  # "a star in the style of mosaic"
@@ -230,13 +230,13 @@ def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> s
     worst = min(kept[head], key=kept[head].get)
     place = Counter(seen[head] or "none of these" for wanted, seen in getattr(after, head)
                     if wanted[head] == concept and seen[head] != concept)
-    dressed = [seen["object"] == concept for wanted, seen in after.style + after.colour
-               if wanted["object"] == concept]  # "a star in the style of mosaic", "a red star"
+    with_style_or_colour = [seen["object"] == concept for wanted, seen in after.style + after.colour
+                            if wanted["object"] == concept]
+    left_there = percent(np.mean(with_style_or_colour)) if with_style_or_colour else ""
     others = " | ".join(percent(np.mean(list(kept[h].values()))) for h in names)
     return (f"| {file.stem} | {concept} | {settings['method']} | {settings['seed']} "
             f"| {settings['iterations']} | {percent(before.share(head, concept, concept))} "
-            f"| {percent(after.share(head, concept, concept))} "
-            f"| {percent(np.mean(dressed)) if dressed else ''} | {others} "
+            f"| {percent(after.share(head, concept, concept))} | {left_there} | {others} "
             f"| {worst} {percent(kept[head][worst])} "
             f"| {', '.join(f'{n} {name}' for name, n in place.most_common(3))} |")
 
