@@ -1,8 +1,8 @@
 """Erases a concept from Stable Diffusion by fine-tuning its U-Net, without a single picture: ESD.
 
     python erase.py "Van Gogh" --out van-gogh.safetensors
-    python erase.py "star" --model notebooks/toy --lr 4e-4 --iterations 160 --steps 8 \\
-        --batch 4 --average 0.97
+    python erase.py "star" --model notebooks/toy --eta 0.9 --lr 4e-4 --iterations 160 \\
+        --steps 8 --batch 4 --average 0.97
 
 Gandikota, Materzynska, Fiotto-Kaufman, Bau: "Erasing Concepts from Diffusion Models", ICCV 2023,
 https://arxiv.org/abs/2303.07345. Equation numbers are that paper's.

@@ -227,26 +227,28 @@ def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> s
              "colour": tuple(world.COLOURS)}
     kept = {h: {n: after.share(h, n, concept) / before.share(h, n, concept)
                 for n in names[h] if n != concept} for h in names}
-    worst = min(kept[head], key=kept[head].get)
+    each = kept["object"] | kept["style"] | kept["colour"]
+    worst = min(each, key=each.get)
     place = Counter(seen[head] or "none of these" for wanted, seen in getattr(after, head)
                     if wanted[head] == concept and seen[head] != concept)
     with_style_or_colour = [seen["object"] == concept for wanted, seen in after.style + after.colour
                             if wanted["object"] == concept]
     left_there = percent(np.mean(with_style_or_colour)) if with_style_or_colour else ""
     others = " | ".join(percent(np.mean(list(kept[h].values()))) for h in names)
-    return (f"| {file.stem} | {concept} | {settings['method']} | {settings['seed']} "
-            f"| {settings['iterations']} | {percent(before.share(head, concept, concept))} "
+    return (f"| {file.stem} | {concept} | {settings['method']} | {settings['eta']:g} "
+            f"| {settings['seed']} | {settings['iterations']} "
+            f"| {percent(before.share(head, concept, concept))} "
             f"| {percent(after.share(head, concept, concept))} | {left_there} | {others} "
-            f"| {worst} {percent(kept[head][worst])} "
+            f"| {worst} {percent(each[worst])} "
             f"| {', '.join(f'{n} {name}' for name, n in place.most_common(3))} |")
 
 
 def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
     """A row for each file; the numbers of the others are in % of what they were."""
-    print("| file | erased | method | seed | iterations | before, % | left, % "
+    print("| file | erased | method | eta | seed | iterations | before, % | left, % "
           "| left in styles and colours, % | objects kept, % | styles kept, % | colours kept, % "
-          "| worst | most seen in its place |\n"
-          f"|{'---|' * 13}")
+          "| worst of all | most seen in its place |\n"
+          f"|{'---|' * 14}")
     settings = [settings_of(file) for file in files]
     models = [sample.load_erased(painter.sd, file) for file in files]
     before = all_answers(painter, judge)
