@@ -32,7 +32,8 @@ from sample import StableDiffusion
 
 
 # Which parameters a method tunes, as a predicate on their names. esd-x and esd-u are the paper's
-# (section 4.1; its code spares the time embedding and the output layers), the others its code's.
+# (section 4.1), but esd-u as in its code, which spares the time embedding and the output layers;
+# the others are its code's.
 SPARED = ("time_embedding.", "conv_norm_out.", "conv_out.")
 METHODS: dict[str, Callable[[str], bool]] = {
     "esd-x": lambda name: "attn2" in name,  # cross-attention: tied to the words of the prompt
@@ -63,7 +64,7 @@ def esd_loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Tex
              eta: float = 1.0) -> Tensor:
     """Eq. 6 as a loss: the mean square of eps_theta(x_t, c, t) - target over a sample, (B,).
 
-    unet and frozen are functions of (x_t, t, text); x_t is (B, 4, H, W), t is (B,).
+    unet and frozen take (x_t, t, c), c one of the features in text; x_t is (B, 4, H, W), t is (B,).
     """
     with torch.no_grad():
         target = esd_target(frozen(x_t, t, text.null), frozen(x_t, t, text.concept), eta)
@@ -107,7 +108,7 @@ def check_settings(concepts: list[str], anchors: list[str], images: list | None,
         raise ValueError(f"batch is {batch}, average {average}: choose 1 or more, and 0 to below 1")
     if drawn_by not in ("edited", "frozen"):
         raise ValueError(f"drawn_by is {drawn_by!r}, choose edited or frozen")
-    for name, given in (("anchors", anchors), ("images", images or concepts)):
+    for name, given in (("anchors", anchors), ("images", images or concepts)):  # images: optional
         if len(given) != len(concepts):
             raise ValueError(f"{len(concepts)} concepts and {len(given)} {name}: give one for each")
 
@@ -160,7 +161,8 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
 
     null, texts, anchor_texts = sd.encode([""] * batch), sd.encode(concepts), sd.encode(anchors)
     pictures = sd.encode_images(images) if images else None  # x_0, (C, 4, H, W)
-    shape = (batch, sd.unet.config.in_channels, *[sd.unet.config.sample_size] * 2)
+    config = sd.unet.config
+    shape = (batch, config.in_channels, config.sample_size, config.sample_size)
     bar = tqdm(range(start, iterations), "erasing", initial=start, total=iterations,
                disable=not progress)
     for iteration in bar:
@@ -168,10 +170,10 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
         t = times[torch.randint(steps, (1,), generator=generator).item()]
         noise = torch.randn(shape, generator=generator).to(sd.device)
         text = Text(texts[i].expand_as(null), null, anchor_texts[i].expand_as(null))
-        cast = {name: tensor.to(sd.dtype) for name, tensor in theta.items()}
+        cast = {name: tensor.to(sd.dtype) for name, tensor in theta.items()}  # passes gradients
 
-        def edited(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-            return functional_call(frozen, cast, (x_t, t, text))
+        def edited(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            return functional_call(frozen, cast, (x_t, t, c))
 
         with torch.no_grad():
             if pictures is None:
@@ -180,7 +182,7 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
                 x_t = next(x_t for at, x_t in ddim.denoise(predict, noise, steps) if at == t)
             else:
                 x_t = ddim.add_noise(pictures[i].expand(shape), noise, ddim.alphas_cumprod()[t])
-        if jitter:  # times[k] is the second of its step's times
+        if jitter:  # a step spans TRAIN_STEPS // steps times; the sampler's is the second of them
             t += torch.randint(ddim.TRAIN_STEPS // steps, (1,), generator=generator).item() - 1
         loss = loss_fn(edited, frozen, x_t, torch.full((batch,), t, device=sd.device), text, eta)
         if not loss.isfinite().all():
@@ -199,7 +201,7 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
             keep({"iteration": iteration + 1, "generator": generator.get_state(),
                   "theta": theta, "averaged": averaged, "optimizer": optimizer.state_dict(),
                   "scaler": scaler.state_dict()})
-    return averaged or {name: tensor.detach() for name, tensor in theta.items()}
+    return averaged if average else {name: tensor.detach() for name, tensor in theta.items()}
 
 
 def save(theta: dict[str, Tensor], path: Path, dtype: torch.dtype, settings: dict) -> None:
@@ -311,7 +313,7 @@ def main() -> None:
         help="erase from this wider concept only: one for all, or one for each")
     add("--image", type=Path, nargs="+", default=[], metavar="FILE",
         help="erase this picture: one for each concept, which is its title")
-    add("--guidance", type=float, default=3.0, help="scale of it in drawing x_t")
+    add("--guidance", type=float, default=3.0, help="scale of the guidance in drawing x_t")
     add("--drawn-by", default="edited", choices=["edited", "frozen"], help="which model draws x_t")
     add("--jitter", action="store_true", help="draw t uniformly within its step")
     add("--batch", type=int, default=1, help="latents in an iteration")

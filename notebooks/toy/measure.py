@@ -1,7 +1,7 @@
 """How good the miniature is, and what an erasure did to it, in tables.
 
-    python -m notebooks.toy.measure model                       # every kind of prompt
-    python -m notebooks.toy.measure erased star.safetensors     # a row for each file of erase.py
+    python -m notebooks.toy.measure model --steps 10     # every kind of prompt
+    python -m notebooks.toy.measure erased star.safetensors --steps 10    # a row for each file
 
 A share counts the pictures in which the judge sees what the prompt asks for.
 """
@@ -177,7 +177,10 @@ class Answers(NamedTuple):
     colour: list[tuple[dict, dict]]  # "a red star"
 
     def share(self, head: str, name: str, concept: str) -> float:
-        """How often `name` is seen where it is asked for, and the erased concept isn't."""
+        """How often `name` is seen in the pictures that ask for it.
+
+        Those that ask for the erased concept too don't count, unless it is `name` itself.
+        """
         return np.mean([seen[head] == name for wanted, seen in getattr(self, head)
                         if wanted[head] == name
                         and (name == concept or concept not in wanted.values())])
@@ -220,7 +223,10 @@ def settings_of(file: Path) -> dict:
 
 
 def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> str:
-    """What is left of the concept, what was kept of the rest, and what stands in its place."""
+    """What is left of the concept, what was kept of the rest, and what stands in its place.
+
+    An erased object is counted once more where a style or a colour is asked for too.
+    """
     concept = settings["name"]
     head = "object" if concept in world.OBJECTS else "style"
     names = {"object": world.OBJECTS, "style": world.STYLES[1:],  # no words ask for plain
@@ -231,9 +237,9 @@ def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> s
     worst = min(each, key=each.get)
     place = Counter(seen[head] or "none of these" for wanted, seen in getattr(after, head)
                     if wanted[head] == concept and seen[head] != concept)
-    with_style_or_colour = [seen["object"] == concept for wanted, seen in after.style + after.colour
-                            if wanted["object"] == concept]
-    left_there = percent(np.mean(with_style_or_colour)) if with_style_or_colour else ""
+    still_seen = [seen["object"] == concept for wanted, seen in after.style + after.colour
+                  if wanted["object"] == concept]
+    left_there = percent(np.mean(still_seen)) if still_seen else ""
     others = " | ".join(percent(np.mean(list(kept[h].values()))) for h in names)
     return (f"| {file.stem} | {concept} | {settings['method']} | {settings['eta']:g} "
             f"| {settings['seed']} | {settings['iterations']} "
@@ -247,7 +253,7 @@ def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
     """A row for each file; the numbers of the others are in % of what they were."""
     print("| file | erased | method | eta | seed | iterations | before, % | left, % "
           "| left in styles and colours, % | objects kept, % | styles kept, % | colours kept, % "
-          "| worst of all | most seen in its place |\n"
+          "| worst of all | most seen in its place, pictures |\n"
           f"|{'---|' * 14}")
     settings = [settings_of(file) for file in files]
     models = [sample.load_erased(painter.sd, file) for file in files]
