@@ -170,7 +170,7 @@ def erase(sd: StableDiffusion, concepts: list[str], method: str = "esd-x", eta: 
         t = times[torch.randint(steps, (1,), generator=generator).item()]
         noise = torch.randn(shape, generator=generator).to(sd.device)
         text = Text(texts[i].expand_as(null), null, anchor_texts[i].expand_as(null))
-        cast = {name: tensor.to(sd.dtype) for name, tensor in theta.items()}  # passes gradients
+        cast = {name: tensor.to(sd.dtype) for name, tensor in theta.items()}  # gradients pass
 
         def edited(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
             return functional_call(frozen, cast, (x_t, t, c))

@@ -191,8 +191,8 @@ def test_the_row_of_an_erasure():
     after.object[0][1]["object"] = "square"  # world.OBJECTS begins with the circle
     row = measure.erased_row(Path("a.safetensors"), answers(), after, settings)
     kept_objects, kept_styles = (8 + 0.5) / 9, 4 / 5  # "a square" that comes as a mosaic costs none
-    assert row == (f"| a | star | esd-x | 0.5 | 3 | 7 | 100.0 | 50.0 | 45.5 | {100 * kept_objects:.1f} "
-                   f"| {100 * kept_styles:.1f} | 100.0 | neon 0.0 | 1 moon |")
+    assert row == ("| a | star | esd-x | 0.5 | 3 | 7 | 100.0 | 50.0 | 45.5 "
+                   f"| {100 * kept_objects:.1f} | {100 * kept_styles:.1f} | 100.0 | neon 0.0 | 1 moon |")
 
 
 def test_labels_of_nothing_are_the_last_class():
