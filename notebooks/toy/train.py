@@ -21,7 +21,7 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
@@ -31,6 +31,7 @@ import ddim
 import sample
 import unet
 import vae
+from notebooks.tools import export
 from notebooks.toy import world
 from notebooks.toy.judge import Judge, labels_of
 
@@ -168,7 +169,7 @@ def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 9000
     with torch.no_grad():
         std = torch.cat([model.encode(to_float(x))[0] for x in images[:2048].split(128)]).std()
     model.config = replace(VAE, scaling_factor=round(1 / std.item(), 5))
-    sample.write_part(out, "vae", model.half())
+    export.write_part(out, "vae", model.half())
 
 
 # Stage 3: the text encoder, by contrast between pictures and captions (CLIP, section 2.3).
@@ -216,19 +217,26 @@ def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
         return (F.cross_entropy(alike, target) + F.cross_entropy(alike.T, target)) / 2
 
     fit("text", model, loss, steps, 1e-3, run, seed)
-    sample.write_part(out, "text_encoder", model.text_encoder.half())
+    export.write_part(out, "text_encoder", model.text_encoder.half())
 
 
 # Stage 4: the U-Net.
+
+def read_part(out: Path, name: str, model_class: type, config_from_json: Callable) -> nn.Module:
+    """Returns a model that an earlier stage wrote, frozen and in float32."""
+    config = config_from_json(json.loads((out / name / "config.json").read_text()))
+    model = model_class(config).requires_grad_(False)
+    model.load_state_dict(load_file(out / name / sample.PARTS[name].files[0]))
+    return model
+
 
 def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: int,
                steps: int) -> None:
     """eps-prediction in latents, weighted by min-SNR, https://arxiv.org/abs/2303.09556."""
     model = unet.UNet(UNET)
     sd = sample.StableDiffusion(
-        model,
-        *(sample.build(part, sample.read_part(out, part)).float()
-          for part in ("vae", "text_encoder")),
+        model, read_part(out, "vae", vae.VAE, vae.config_from_json),
+        read_part(out, "text_encoder", clip_text.TextEncoder, clip_text.config_from_json),
         CLIPTokenizer.from_pretrained(out / "tokenizer"))
     with torch.no_grad():
         encoded = [sd.vae.encode(to_float(x)) for x in tqdm(images.split(128), "encoding")]
@@ -256,7 +264,7 @@ def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
         return (weight[t] * error).mean()
 
     fit("unet", model, loss, steps, 1e-3, run, seed, decay=0.9985)
-    sample.write_part(out, "unet", model.half())
+    export.write_part(out, "unet", model.half())
 
 
 # Stage 5: the judge.
@@ -327,7 +335,7 @@ def main() -> None:
         torch.manual_seed(args.seed)  # of the first weights
         if name == "tokenizer":
             make_tokenizer(out / "tokenizer")
-            sample.write_index(out)
+            export.write_index(out)
         elif name == "vae":
             train_vae(out, args.run, data()[0], args.seed)
         elif name == "text":
