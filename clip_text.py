@@ -1,28 +1,24 @@
-"""The text encoder of Stable Diffusion v1: CLIP ViT-L/14's transformer over tokens.
+"""The text encoder of Stable Diffusion v1: the text transformer of CLIP ViT-L/14.
 
     text = TextEncoder(TextConfig())(tokens)      # (B, 77) -> (B, 77, 768)
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
-https://arxiv.org/abs/2103.00020 (section 2.4). A prompt is a start token, its words, an end token,
-and end tokens up to 77: transformers' CLIPTokenizer makes them. Attribute names are those of the
-published checkpoints without their prefix `text_model.`.
+https://arxiv.org/abs/2103.00020 (section 2.4). tokens are a start token, the prompt, and end tokens
+up to 77. Attribute names are those of the published checkpoints without the prefix `text_model.`.
 
 Shapes: B batch, N tokens (77), D width (768), h heads (12).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-SHARED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # of every text encoder of SD v1
-
-
 @dataclass(frozen=True)
 class TextConfig:
-    """What differs between text encoders of this shape; the defaults are CLIP ViT-L/14's."""
+    """The sizes of a text encoder; the defaults are CLIP ViT-L/14's."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -31,24 +27,6 @@ class TextConfig:
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
 
-    @classmethod
-    def from_json(cls, config: dict) -> "TextConfig":
-        """The config of a published `text_encoder/config.json`.
-
-        Raises ValueError where it describes another architecture than Stable Diffusion v1's.
-        """
-        for key, value in SHARED.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"text_encoder/config.json has {key} = {config[key]!r}, Stable "
-                                 f"Diffusion v1 has {value!r}: another model, use SD v1 weights")
-        return cls(**{name: config[name] for name in cls.__dataclass_fields__})
-
-    def to_json(self) -> dict:
-        """What `text_encoder/config.json` says of this text encoder; `from_json` reads it back."""
-        start, end = self.vocab_size - 2, self.vocab_size - 1  # CLIP's last two tokens
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **SHARED,
-                **asdict(self), "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
-
 
 def quick_gelu(x: Tensor) -> Tensor:
     """CLIP's approximation of GELU: x * sigmoid(1.702 x)."""
@@ -56,7 +34,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class Embeddings(nn.Module):
-    """A vector for each token plus one for its place: (B, N) -> (B, N, D)."""
+    """Token embedding plus position embedding: (B, N) -> (B, N, D)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -64,12 +42,12 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        place = torch.arange(tokens.shape[1], device=tokens.device)  # (N,)
-        return self.token_embedding(tokens) + self.position_embedding(place)  # (B, N, D)
+        position = torch.arange(tokens.shape[1], device=tokens.device)  # (N,)
+        return self.token_embedding(tokens) + self.position_embedding(position)  # (B, N, D)
 
 
 class Attention(nn.Module):
-    """Causal self-attention, each token sees itself and those before it: (B, N, D) -> (B, N, D)."""
+    """Causal self-attention: no token attends to a later one. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -89,7 +67,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """(B, N, D) -> (B, N, D), four times as wide inside."""
+    """Two layers, four times as wide inside: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -101,7 +79,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A transformer layer, normalised before each part: (B, N, D) -> (B, N, D)."""
+    """A pre-norm transformer layer: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -116,7 +94,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers, one after the other. A module of its own for the key: encoder.layers."""
+    """The stack of layers, a module of its own for the key encoder.layers."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -129,7 +107,7 @@ class Encoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """What the U-Net's cross-attention looks at: one vector per token."""
+    """Encodes a prompt as one vector per token, which the U-Net's cross-attention attends to."""
 
     def __init__(self, config: TextConfig = TextConfig()):
         super().__init__()
@@ -139,16 +117,22 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=1e-5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, 77) -> text: (B, 77, 768), the last layer's output, normalised."""
+        """tokens: (B, 77) -> text: (B, 77, 768), the last layer's output after the final norm."""
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 
-def rename(weights: dict[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
-    """Published tensors under this file's names.
+def config_from_json(config: dict) -> TextConfig:
+    """Returns the config that a published `text_encoder/config.json` describes."""
+    act = config.get("hidden_act", "quick_gelu")
+    if act != "quick_gelu":  # OpenCLIP's ViT-L/14 has exact GELU and the same shapes
+        raise ValueError(f"text_encoder/config.json has hidden_act = {act!r}, not 'quick_gelu'")
+    return TextConfig(**{name: config[name] for name in TextConfig.__dataclass_fields__})
 
-    Files have `text_model.` before every name and the constant position_ids, or (since
-    transformers 5) neither.
-    """
-    weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
-    weights.pop("embeddings.position_ids", None)
-    return weights
+
+def rename(weights: dict[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
+    """Drops the prefix and the constant position_ids, neither of which transformers 5 writes."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()
+            if not name.endswith("position_ids")}
+
+
+TextConfig.from_json = staticmethod(config_from_json)  # until sample.py calls it

@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion v1: predicts the noise in a latent, given the time and a text.
+"""The U-Net of Stable Diffusion v1: predicts the noise in a latent from its time and a text.
 
     eps = UNet(UNetConfig())(x_t, t, text)    # (B, 4, 64, 64), (B,), (B, 77, 768) -> (B, 4, 64, 64)
 
@@ -12,72 +12,25 @@ D width of a token, h heads. emb is the time embedding, (B, 4 * C of the first l
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
-
-
-SHARED = {  # what every U-Net of Stable Diffusion v1 has, as `unet/config.json` words it
-    "addition_embed_type": None, "use_linear_projection": False, "class_embed_type": None,
-    "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
-    "downsample_padding": 1, "mid_block_scale_factor": 1, "center_input_sample": False,
-}
-RELATIVES = {"addition_embed_type": "SDXL", "use_linear_projection": "Stable Diffusion 2"}
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What differs between U-Nets of this shape; the defaults are Stable Diffusion v1."""
+    """The sizes of a U-Net; the defaults are Stable Diffusion v1's."""
 
-    in_channels: int = 4
-    out_channels: int = 4
+    in_channels: int = 4  # of the latents, in and out
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # C of each level, finest first
-    attention: tuple[bool, ...] = (True, True, True, False)  # which levels look at the text
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels attend to the text
     layers_per_block: int = 2
     cross_attention_dim: int = 768  # D of the text encoder
-    heads: int = 8  # at every level; so heads are 40, 80, 160 and 160 wide
+    heads: int = 8  # at every level, so a head is 40, 80, 160 or 160 wide
     norm_num_groups: int = 32
-    sample_size: int = 64  # H and W of the latents that it was trained on
-
-    @classmethod
-    def from_json(cls, config: dict) -> "UNetConfig":
-        """The config of a published `unet/config.json`.
-
-        Raises ValueError where it describes another architecture than Stable Diffusion v1's.
-        """
-        for key, value in SHARED.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"unet/config.json has {key} = {config[key]!r}, Stable Diffusion "
-                                 f"v1 has {value!r}: this is {RELATIVES.get(key, 'another model')}"
-                                 ", use SD v1 weights")
-        heads = config.get("attention_head_dim", 8)  # published under this name; it counts heads
-        if not isinstance(heads, int):
-            raise ValueError(f"unet/config.json has attention_head_dim = {heads!r}, one number "
-                             "for each level: this is Stable Diffusion 2, use SD v1 weights")
-        if config["in_channels"] != config["out_channels"]:
-            raise ValueError(f"unet/config.json has in_channels = {config['in_channels']}: this is "
-                             "an inpainting or another relative, use SD v1 weights")
-        same = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim",
-                "norm_num_groups", "sample_size")
-        return cls(
-            block_out_channels=tuple(config["block_out_channels"]),
-            attention=tuple(name == "CrossAttnDownBlock2D" for name in config["down_block_types"]),
-            heads=heads,
-            **{name: config[name] for name in same},
-        )
-
-    def to_json(self) -> dict:
-        """What `unet/config.json` says of this U-Net; `from_json` reads it back."""
-        config = {"_class_name": "UNet2DConditionModel", **SHARED, **asdict(self)}
-        kinds = ["CrossAttn" if attention else "" for attention in config.pop("attention")]
-        config["down_block_types"] = [f"{kind}DownBlock2D" for kind in kinds]
-        config["up_block_types"] = [f"{kind}UpBlock2D" for kind in reversed(kinds)]
-        config["attention_head_dim"] = config.pop("heads")
-        return config
+    sample_size: int = 64  # H and W of the latents it was trained on
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -89,7 +42,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer MLP behind the sinusoids: (B, C) -> (B, 4C)."""
+    """The two-layer MLP after the sinusoids: (B, C) -> (B, 4C)."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -101,7 +54,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions around the time embedding: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Two convolutions with the time added in between: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
@@ -120,9 +73,9 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token of x looks at every token of context: (B, N, D), (B, M, D_context) -> (B, N, D).
+    """Every token of x attends to all of context: (B, N, D), (B, M, D_context) -> (B, N, D).
 
-    softmax(Q K^T / sqrt(d)) V, once for each head ("Attention Is All You Need", eq. 1).
+    softmax(Q K^T / sqrt(d)) V in each head ("Attention Is All You Need", eq. 1).
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int):
@@ -159,7 +112,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        # net.1 is a dropout in the published model: it has no weights, but the key is net.2
+        # net.1 is the published model's dropout: it has no weights, but makes the next key net.2
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,7 +180,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The resnets of one level, each followed by a transformer where the level has attention."""
+    """The resnets of one level, each followed by a transformer if the level has attention."""
 
     def __init__(self, inputs: list[int], c_out: int, attention: bool, config: UNetConfig):
         super().__init__()
@@ -243,13 +196,13 @@ class Level(nn.Module):
 
 
 class DownBlock(Level):
-    """One level on the way down: returns its output and what the way up will be shown again."""
+    """One level on the way down: returns the output of each layer, all of which are skips."""
 
     def __init__(self, inputs, c_out, attention, config, last: bool):
         super().__init__(inputs, c_out, attention, config)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> list[Tensor]:
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, emb, text)
@@ -257,18 +210,18 @@ class DownBlock(Level):
         for down in self.downsamplers:
             x = down(x)
             skips.append(x)
-        return x, skips
+        return skips
 
 
 class UpBlock(Level):
-    """One level on the way up: each resnet sees x beside a skip, the latest first."""
+    """One level on the way up: each resnet takes x and one skip, the latest first."""
 
     def __init__(self, inputs, c_out, attention, config, last: bool):
         super().__init__(inputs, c_out, attention, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
-        for i, skip in enumerate(reversed(skips)):
+        for i, skip in enumerate(skips):
             x = torch.cat([x, skip], dim=1)  # (B, C_x + C_skip, H, W)
             x = self.layer(i, x, emb, text)
         for up in self.upsamplers:
@@ -299,98 +252,90 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # True: gradients take less memory and more time
         widths, n = config.block_out_channels, config.layers_per_block
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
 
+        # how many channels enter each resnet: skips is pushed and popped as in forward
+        skips, down, up = [widths[0]], [], []
+        for i, c in enumerate(widths):
+            down.append([skips[-1]] + [c] * (n - 1))
+            skips += [c] * (n if i == last else n + 1)  # the last level has no downsampler
+        x = skips[-1]
+        for c in reversed(widths):
+            up.insert(0, [width + skips.pop() for width in [x] + [c] * n])
+            x = c
+
         self.mid_block = MidBlock(widths[-1], config)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for i, c in enumerate(widths):
-            finer, coarser = widths[max(i - 1, 0)], widths[min(i + 1, last)]
-            inputs = [finer] + [c] * (n - 1)
-            self.down_blocks.append(DownBlock(inputs, c, config.attention[i], config, i == last))
-            # on the way up, x comes first from the coarser level, the last skip from the finer
-            inputs = [x + skip for x, skip in zip([coarser] + [c] * n, [c] * n + [finer])]
-            self.up_blocks.insert(0, UpBlock(inputs, c, config.attention[i], config, i == 0))
-
+            self.down_blocks.append(DownBlock(down[i], c, config.attention[i], config, i == last))
+            self.up_blocks.insert(0, UpBlock(up[i], c, config.attention[i], config, i == 0))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-
-    def call_block(self, block: nn.Module, *inputs: Tensor | list[Tensor]) -> Tensor | tuple:
-        """A block's output. With `checkpointing`, what happens inside is forgotten and computed
-        again for the gradient: with the weights of now, since erase.py swaps them for one call.
-        """
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(*inputs)
-        weights = dict(block.named_parameters())
-        return checkpoint(functional_call, block, weights, inputs, use_reentrant=False)
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor | int, text: Tensor) -> Tensor:
         """x_t: (B, 4, 64, 64), t: (B,) or a number, text: (B, 77, 768) -> eps: (B, 4, 64, 64).
 
-        Computes in the weights' dtype and answers in that of x_t.
+        Computes in the weights' dtype and returns x_t's.
         """
         dtype = self.conv_in.weight.dtype
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))  # (B,)
         t_emb = timestep_embedding(t, self.config.block_out_channels[0]).to(dtype)
         emb = self.time_embedding(t_emb)
 
-        x = self.conv_in(x_t.to(dtype))
-        skips = [x]
+        skips = [self.conv_in(x_t.to(dtype))]
         for block in self.down_blocks:
-            x, new = self.call_block(block, x, emb, text)
-            skips += new
-        x = self.call_block(self.mid_block, x, emb, text)
+            skips += block(skips[-1], emb, text)
+        x = self.mid_block(skips[-1], emb, text)
         for block in self.up_blocks:
-            n = len(block.resnets)
-            x = self.call_block(block, x, emb, text, skips[-n:])
-            skips = skips[:-n]
+            x = block(x, emb, text, [skips.pop() for _ in block.resnets])
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)
 
 
-# CompVis's names -> these. N counts blocks through all levels: it is block P of level L.
+def config_from_json(config: dict) -> UNetConfig:
+    """Returns the config that a published `unet/config.json` describes."""
+    return UNetConfig(
+        block_out_channels=tuple(config["block_out_channels"]),
+        attention=tuple(name == "CrossAttnDownBlock2D" for name in config["down_block_types"]),
+        heads=int(config.get("attention_head_dim", 8)),  # despite its name, it counts heads
+        **{name: config[name] for name in ("in_channels", "layers_per_block", "sample_size",
+                                           "cross_attention_dim", "norm_num_groups")})
+
+
+# CompVis's names -> ours. CompVis numbers layers across levels: N is layer P of level L.
 COMPVIS = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
+    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
     "input_blocks.N.0.op": "down_blocks.L.downsamplers.0.conv",
-    "input_blocks.N.0": "down_blocks.L.resnets.P",
-    "input_blocks.N.1": "down_blocks.L.attentions.P",
-    "middle_block.0": "mid_block.resnets.0",
-    "middle_block.1": "mid_block.attentions.0",
+    "input_blocks.N.0": "down_blocks.L.resnets.P", "input_blocks.N.1": "down_blocks.L.attentions.P",
+    "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
     "middle_block.2": "mid_block.resnets.1",
-    "output_blocks.N.0": "up_blocks.L.resnets.P",
-    "output_blocks.N.1.conv": "up_blocks.L.upsamplers.0.conv",  # of a level without attention
+    "output_blocks.N.1.conv": "up_blocks.L.upsamplers.0.conv",  # in a level without attention
     "output_blocks.N.2.conv": "up_blocks.L.upsamplers.0.conv",
-    "output_blocks.N.1": "up_blocks.L.attentions.P",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-COMPVIS_RESNET = {
+    "output_blocks.N.0": "up_blocks.L.resnets.P", "output_blocks.N.1": "up_blocks.L.attentions.P",
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
     "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
 }
 
 
 def rename(weights: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Published tensors under this file's names, be they CompVis's or diffusers'."""
-    per_level = config.layers_per_block + 1  # input_blocks end a level with the downsampler
-    patterns = [(re.compile(re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)"), new)
-                for theirs, new in COMPVIS.items()]
+    """Renames published tensors, in diffusers' or CompVis's format, to this file's names."""
+    per_level = config.layers_per_block + 1  # with the downsampler, or the way up's extra resnet
+    patterns = {r"(?<![^.])" + re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)": new
+                for theirs, new in COMPVIS.items()}
 
     def ours(name: str) -> str:
-        for theirs, new in patterns:
-            found = theirs.match(name)
-            if found:
+        for pattern, new in patterns.items():
+            if found := re.search(pattern, name):
                 n = int(found[1]) if found.groups() else 0
                 n -= name.startswith("input_blocks")  # number 0 is conv_in
                 new = new.replace("L", str(n // per_level)).replace("P", str(n % per_level))
-                name = new + name[found.end():]
-                break
-        for theirs, new in COMPVIS_RESNET.items():
-            name = name.replace(f".{theirs}.", f".{new}.")
+                name = name[:found.start()] + new + name[found.end():]
         return name
 
     return {ours(name): tensor for name, tensor in weights.items()}
+
+
+UNetConfig.from_json = staticmethod(config_from_json)  # until sample.py calls it

@@ -1,18 +1,18 @@
-"""The autoencoder of Stable Diffusion v1: between pictures and latents an eighth of their size.
+"""The autoencoder of Stable Diffusion v1: maps images to latents an eighth of their size, and back.
 
     mean, logvar = VAE(VAEConfig()).encode(image)      # (B, 3, 512, 512) -> two of (B, 4, 64, 64)
     image = VAE(VAEConfig()).decode(latents)           # (B, 4, 64, 64) -> (B, 3, 512, 512)
 
 Kingma and Welling, "Auto-Encoding Variational Bayes", https://arxiv.org/abs/1312.6114, in the form
-of Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752 (section 3.1). Pictures are in -1..1.
-Latents here are the autoencoder's own; the U-Net sees them times `scaling_factor`, which is
-sample.py's business. Attribute names are those of the published checkpoints.
+of Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752 (section 3.1). Images are in -1..1.
+The U-Net works on these latents times `scaling_factor`; sample.py does the scaling. Attribute names
+are those of the published checkpoints.
 
 Shapes: B batch, C channels, H W feature map.
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,34 +20,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """What differs between autoencoders of this shape; the defaults are Stable Diffusion v1."""
+    """The sizes of an autoencoder; the defaults are Stable Diffusion v1's."""
 
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: int = 3  # of the images, in and out
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # C of each level, finest first
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215  # 1 / standard deviation of the latents
-
-    @classmethod
-    def from_json(cls, config: dict) -> "VAEConfig":
-        """The config of a published `vae/config.json` (the oldest lack the last two entries).
-
-        Raises ValueError where it describes another architecture than Stable Diffusion v1's.
-        """
-        if config.get("act_fn", "silu") != "silu":
-            raise ValueError(f"vae/config.json has act_fn = {config['act_fn']!r}, Stable Diffusion "
-                             "v1 has 'silu': this is another model, use SD v1 weights")
-        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
-        return cls(**known | {"block_out_channels": tuple(config["block_out_channels"])})
-
-    def to_json(self) -> dict:
-        """What `vae/config.json` says of this autoencoder; `from_json` reads it back."""
-        levels = len(self.block_out_channels)
-        return {"_class_name": "AutoencoderKL", "act_fn": "silu", **asdict(self),
-                "down_block_types": ["DownEncoderBlock2D"] * levels,
-                "up_block_types": ["UpDecoderBlock2D"] * levels}
 
     @property
     def factor(self) -> int:
@@ -73,7 +53,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel looks at every pixel, with one head: (B, C, H, W) -> (B, C, H, W)."""
+    """Every pixel attends to every pixel, with one head: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -192,7 +172,7 @@ class Decoder(nn.Module):
             UpBlock(widths[max(i - 1, 0)], c, config.layers_per_block + 1, groups, i == last)
             for i, c in enumerate(widths))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
@@ -223,48 +203,41 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
-# Published names -> these, in order; N is a number, M the same level counted from the other end.
+def config_from_json(config: dict) -> VAEConfig:
+    """Returns the config that a published `vae/config.json` describes; old ones lack entries."""
+    known = {name: config[name] for name in VAEConfig.__dataclass_fields__ if name in config}
+    return VAEConfig(**known | {"block_out_channels": tuple(config["block_out_channels"])})
+
+
+# Published names -> ours: CompVis's, and in the last line diffusers' until 2022. Order matters.
 PUBLISHED = {
-    # CompVis
-    "mid.block_1": "mid_block.resnets.0",
-    "mid.attn_1": "mid_block.attentions.0",
-    "mid.block_2": "mid_block.resnets.1",
-    "down.N.block": "down_blocks.N.resnets",
-    "down.N.downsample": "down_blocks.N.downsamplers.0",
-    "up.N.block": "up_blocks.M.resnets",
-    "up.N.upsample": "up_blocks.M.upsamplers.0",
-    "nin_shortcut": "conv_shortcut",
-    "norm_out": "conv_norm_out",
-    "attentions.0.norm": "attentions.0.group_norm",
-    "attentions.0.q": "attentions.0.to_q",
-    "attentions.0.k": "attentions.0.to_k",
-    "attentions.0.v": "attentions.0.to_v",
-    "attentions.0.proj_out": "attentions.0.to_out.0",
-    # diffusers until 2022
-    "attentions.0.query": "attentions.0.to_q",
-    "attentions.0.key": "attentions.0.to_k",
-    "attentions.0.value": "attentions.0.to_v",
-    "attentions.0.proj_attn": "attentions.0.to_out.0",
+    "down": "down_blocks", "up": "up_blocks", "block": "resnets",
+    "downsample": "downsamplers.0", "upsample": "upsamplers.0",
+    "mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1": "mid_block.attentions.0", "attentions.0.norm": "attentions.0.group_norm",
+    "nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out",
+    "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
+    "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
 }
 
 
 def rename(weights: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """Published tensors under this file's names, be they CompVis's or diffusers', old or new.
+    """Renames published tensors, in diffusers' or CompVis's format, to this file's names.
 
-    In CompVis's attention the linear layers are 1x1 convolutions, (C, C, 1, 1).
+    CompVis's attention has 1x1 convolutions, (C, C, 1, 1), where ours has linear layers, (C, C).
     """
     coarsest = len(config.block_out_channels) - 1
 
     def ours(name: str) -> str:
+        # CompVis numbers the decoder's levels from the finest, we from the coarsest
+        name = re.sub(r"(?<=\.up\.)\d+", lambda level: str(coarsest - int(level[0])), name)
         for theirs, new in PUBLISHED.items():
-            pattern = r"(?<![^.])" + re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)"
-            found = re.search(pattern, name)
-            if found:
-                n = int(found[1]) if "N" in theirs else 0
-                new = new.replace("N", str(n)).replace("M", str(coarsest - n))
-                name = name[:found.start()] + new + name[found.end():]
+            name = name.replace(f".{theirs}.", f".{new}.")
         return name
 
     renamed = {ours(name): tensor for name, tensor in weights.items()}
     return {name: tensor.flatten(1) if ".attentions.0.to_" in name and tensor.ndim == 4 else tensor
             for name, tensor in renamed.items()}
+
+
+VAEConfig.from_json = staticmethod(config_from_json)  # until sample.py calls it

@@ -1,4 +1,4 @@
-"""The same pictures here and in diffusers: of a folder that sample.save wrote, and erased.
+"""The same pictures here and in diffusers: of a folder that export.py wrote, and erased.
 
 diffusers is no part of this project, install it by hand:
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sample  # noqa: E402
+from notebooks.tools import export  # noqa: E402
 
 
 def open_pipe(folder: str) -> StableDiffusionPipeline:
@@ -43,9 +44,9 @@ def main() -> None:
     args = parser.parse_args()
     sd = sample.load(args.model, device="cpu", dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
-        sample.save(sd, f"{folder}/model")
+        export.write_folder(sd, f"{folder}/model")
         pipe = open_pipe(f"{folder}/model")
-    print("a saved folder in diffusers: largest difference", difference(pipe, sd, args.prompt))
+    print("a written folder in diffusers: largest difference", difference(pipe, sd, args.prompt))
     pipe = open_pipe(args.model)
     print("the model in diffusers: largest difference", difference(pipe, sd, args.prompt))
     keys = pipe.unet.load_state_dict(load_file(args.erased), strict=False)

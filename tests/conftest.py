@@ -46,8 +46,9 @@ def folder(tmp_path_factory):
     configs["text_encoder"]["vocab_size"] = len(CLIPTokenizer.from_pretrained(root / "tokenizer"))
     for part, file in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
                        ("text_encoder", "model")):
-        config_class, model_class = parity.CLASSES[part]
-        model = small.filled(model_class(config_class.from_json(configs[part]))).float()
+        _, model_class = parity.CLASSES[part]
+        config = parity.MODULES[part].config_from_json(configs[part])
+        model = small.filled(model_class(config)).float()
         (root / part).mkdir()
         (root / part / "config.json").write_text(json.dumps(configs[part]))
         save_file(model.state_dict(), root / part / f"{file}.safetensors")

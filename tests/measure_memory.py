@@ -2,7 +2,6 @@
 
     python tests/measure_memory.py                         # the table, without any weights
     python tests/measure_memory.py --check esd-x           # one iteration on the CPU, in float32
-    python tests/measure_memory.py --check esd-x --checkpointing
 
 The table counts bytes on the meta device: weights, gradients and Adam from their shapes,
 activations as what autograd keeps at most at one time during a forward and a backward pass.
@@ -55,11 +54,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
-def activations(method: str, dtype: torch.dtype) -> tuple[int, int]:
-    """The most that autograd keeps at one time: usually, and with checkpointing.
-
-    With checkpointing that is the inputs of all blocks, and what is inside the largest.
-    """
+def activations(method: str, dtype: torch.dtype) -> int:
+    """The most that autograd keeps at one time."""
     with torch.device("meta"):
         unet = UNet(UNetConfig()).to(dtype).requires_grad_(False)
         x_t, t, text = torch.empty(1, 4, 64, 64), torch.ones(1), torch.empty(1, 77, 768)
@@ -76,24 +72,12 @@ def activations(method: str, dtype: torch.dtype) -> tuple[int, int]:
     def unpack(kept):
         return kept.tensor if isinstance(kept, Kept) else kept
 
-    inside, inputs_of_all = [], {}
-
-    def call_block(block, *inputs):
-        before = Kept.live
-        outputs = block(*inputs)
-        inside.append(Kept.live - before)
-        *tensors, last = inputs
-        for tensor in (*tensors, *(last if isinstance(last, list) else [last])):
-            inputs_of_all[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return outputs
-
-    unet.call_block = call_block
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         loss = functional_call(unet, cast, (x_t, t, text.to(dtype))).square().mean()
-        usual = Kept.live
+        after_forward = Kept.live
         loss.backward()
-    assert Kept.peak >= usual and Kept.live == 0
-    return Kept.peak, max(inside) + sum(storage.nbytes() for storage in inputs_of_all.values())
+    assert Kept.peak >= after_forward and Kept.live == 0
+    return Kept.peak
 
 
 def others() -> int:
@@ -106,7 +90,7 @@ def others() -> int:
 @mock.patch.object(F, "scaled_dot_product_attention", attention)
 def count(method: str, dtype: torch.dtype) -> list[float]:
     """GB of: theta* and the other models; theta, its gradient and Adam; theta in half precision;
-    activations; and those with checkpointing."""
+    and activations."""
     with torch.device("meta"):
         unet = UNet(UNetConfig())
     sizes = {name: p.numel() for name, p in unet.named_parameters()}
@@ -115,15 +99,15 @@ def count(method: str, dtype: torch.dtype) -> list[float]:
     copy = 0 if dtype == torch.float32 else tuned * width
     return [x / GB for x in (
         (sum(sizes.values()) + others()) * width, tuned * 4 * 4, copy,
-        *activations(method, dtype))]
+        activations(method, dtype))]
 
 
 def table(dtype: torch.dtype) -> None:
     print("| method | model | theta, gradient, Adam | theta, half precision | activations "
-          "| in all | activations, `--checkpointing` | in all |\n|---|---|---|---|---|---|---|---|")
+          "| in all |\n|---|---|---|---|---|---|")
     for method in erase.METHODS:
-        *fixed, usual, checkpointed = count(method, dtype)
-        cells = [*fixed, usual, sum(fixed) + usual, checkpointed, sum(fixed) + checkpointed]
+        parts = count(method, dtype)
+        cells = [*parts, sum(parts)]
         print(f"| {method} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
 
 
@@ -135,18 +119,16 @@ class OneToken:
         return argparse.Namespace(input_ids=ids)
 
 
-def check(method: str, checkpointing: bool) -> None:
+def check(method: str) -> None:
     """One iteration with random weights; the process's peak beside the count."""
     parts = [model(config()).requires_grad_(False) for model, config in (
         (UNet, UNetConfig), (VAE, VAEConfig), (TextEncoder, TextConfig))]
     sd = sample.StableDiffusion(*parts, OneToken())
-    sd.unet.checkpointing = checkpointing
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     weights = sum(p.numel() * 4 for part in parts for p in part.parameters()) / GB
     erase.erase(sd, ["a concept"], method, iterations=1, steps=1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
-    *fixed, usual, checkpointed = count(method, torch.float32)
-    counted = sum(fixed) + (checkpointed if checkpointing else usual)
+    counted = sum(count(method, torch.float32))
     print(f"{method}, float32: counted {counted:.2f} GB, peak of the process {peak:.2f} GB, "
           f"of which Python and libraries {before * 1024 / GB - weights:.2f} GB")
 
@@ -154,9 +136,8 @@ def check(method: str, checkpointing: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory that erasing takes, in GB.")
     parser.add_argument("--check", choices=erase.METHODS, metavar="METHOD")
-    parser.add_argument("--checkpointing", action="store_true")
     args = parser.parse_args()
-    check(args.check, args.checkpointing) if args.check else table(torch.bfloat16)
+    check(args.check) if args.check else table(torch.bfloat16)
 
 
 if __name__ == "__main__":

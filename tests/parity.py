@@ -7,17 +7,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import clip_text
 import small
-from clip_text import TextConfig, TextEncoder
-from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
+import unet
+import vae
 
+MODULES = {"unet": unet, "vae": vae, "text_encoder": clip_text}
 CLASSES = {
-    "unet": (UNetConfig, UNet),
-    "vae": (VAEConfig, VAE),
-    "text_encoder": (TextConfig, TextEncoder),
+    "unet": (unet.UNetConfig, unet.UNet),
+    "vae": (vae.VAEConfig, vae.VAE),
+    "text_encoder": (clip_text.TextConfig, clip_text.TextEncoder),
 }
-
 
 
 def clip_text_model() -> Tensor:
@@ -27,8 +27,8 @@ def clip_text_model() -> Tensor:
 
 
 # made at import, before a test can patch anything; copy a model before changing it
-MODELS = {part: small.filled(model(config.from_json(small.SMALL[part])))
-          for part, (config, model) in CLASSES.items()}
+MODELS = {part: small.filled(model(MODULES[part].config_from_json(small.SMALL[part])))
+          for part, (_, model) in CLASSES.items()}
 ANSWERS = {**load_file(small.REFERENCE / "outputs.safetensors"), "text_encoder": clip_text_model()}
 
 

@@ -11,19 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-import clip_text
 import formats
 import hub
 import parity
 import sample
 import small
-import unet
-import vae
+from notebooks.tools import export
 
 ROOT = Path(__file__).parents[1]
-RENAME = {"unet": unet.rename, "vae": vae.rename, "text_encoder": clip_text.rename}
 
 
 def equal(a, b):
@@ -55,25 +52,30 @@ def checkpoint(folder, sd, tmp_path, small_single, monkeypatch):
 @pytest.mark.parametrize("part", sample.PARTS)
 def test_names_of_compvis_are_mapped_as_diffusers_maps_them(part):
     config = sample.PARTS[part].config()
-    stored = formats.COMPVIS[part]
+    stored, rename = formats.COMPVIS[part], parity.MODULES[part].rename
     for theirs, ours in stored.items():
-        assert [*RENAME[part]({theirs: torch.zeros(1)}, config)] == [ours]
+        assert [*rename({theirs: torch.zeros(1)}, config)] == [ours]
     with torch.device("meta"):
         tensors = sample.PARTS[part].model(config).state_dict()
     assert sorted(stored.values()) == sorted(tensors)  # one to one, and complete
-    assert RENAME[part](tensors, config).keys() == tensors.keys()  # and ours stay
+    assert rename(tensors, config).keys() == tensors.keys()  # and ours stay
 
 
 @pytest.mark.parametrize("part", sample.PARTS)
 def test_a_config_is_read_back_as_written(part):
-    config, _ = parity.CLASSES[part]
-    for written in (config(), config.from_json(small.SMALL[part])):
-        assert config.from_json(json.loads(json.dumps(written.to_json()))) == written
-    published, ours = small.PUBLISHED[part], json.loads(json.dumps(config().to_json()))
+    config_from_json, (config, _) = parity.MODULES[part].config_from_json, parity.CLASSES[part]
+
+    def written(config):
+        return json.loads(json.dumps(export.CONFIGS[part](config)))
+
+    for written_config in (config(), config_from_json(small.SMALL[part])):
+        assert config_from_json(written(written_config)) == written_config
+    published, ours = small.PUBLISHED[part], written(config())
     shared = [key for key in published if key in ours and not key.endswith("token_id")]
     assert {key: ours[key] for key in shared} == {key: published[key] for key in shared}
-    assert set(ours) - set(published) <= {"scaling_factor", "norm_num_groups", *unet.RELATIVES,
-                                          "class_embed_type"}
+    assert set(ours) - set(published) <= {
+        "scaling_factor", "norm_num_groups", "addition_embed_type", "use_linear_projection",
+        "class_embed_type"}
 
 
 # One model
@@ -130,15 +132,27 @@ def test_of_several_files_the_most_precise_is_taken(folder, tmp_path, sd):
     assert equal(sample.load(copy), sd)
 
 
-def test_a_saved_folder_is_the_same_model(sd, folder, tmp_path):
-    sample.save(sd, tmp_path / "saved")
+def test_a_written_folder_is_the_same_model(sd, tmp_path):
+    export.write_folder(sd, tmp_path / "saved")
     saved = sample.load(tmp_path / "saved")
     assert equal(saved, sd)
     prompts = ["a red star in the style of mosaic", "ein Stern ★"]
     assert saved.tokenizer(prompts).input_ids == sd.tokenizer(prompts).input_ids
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["unet"]
-    with pytest.raises(ValueError, match="is there already"):
-        sample.save(sd, tmp_path / "saved")
+    with pytest.raises(ValueError, match="saved exists, choose another folder"):
+        export.write_folder(sd, tmp_path / "saved")
+
+
+def test_a_folder_is_never_half_written(sd, tmp_path, monkeypatch):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "write_index", interrupted)
+        export.write_folder(sd, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    export.write_folder(sd, tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 # Single files
@@ -375,12 +389,8 @@ def test_a_unet_alone_is_no_checkpoint(sd, folder, tmp_path):
 
 
 @pytest.mark.parametrize("part, change, says", [
-    ("unet", {"in_channels": 9}, "in_channels = 9: this is an inpainting"),
-    ("unet", {"attention_head_dim": [5, 10, 20, 20]}, "Stable Diffusion 2"),
-    ("unet", {"use_linear_projection": True}, "Stable Diffusion 2"),
-    ("unet", {"addition_embed_type": "text_time", "use_linear_projection": True}, "SDXL"),
-    ("text_encoder", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    ("vae", {"act_fn": "relu"}, "act_fn = 'relu'"),
+    ("unet", {"attention_head_dim": [5, 10, 20, 20]}, "unet/config.json .*not 'list'"),  # SD 2
+    ("text_encoder", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),  # SD 2
     ("vae", {"latent_channels": 16}, "of different models|doesn't fit"),
     ("scheduler", {"prediction_type": "v_prediction"}, "prediction_type = 'v_prediction'"),
 ])
@@ -393,6 +403,32 @@ def test_folders_of_relatives(part, change, says, folder, tmp_path):
     with pytest.raises(ValueError, match=says) as refused:
         sample.load(copy)
     assert "\n" not in str(refused.value)
+
+
+def linear_projections(weights):
+    """As in Stable Diffusion 2 and SDXL."""
+    return {name: tensor.flatten(1) if "proj_" in name and tensor.ndim == 4 else tensor
+            for name, tensor in weights.items()}
+
+
+def nine_channels_in(weights):
+    """As in inpainting models, which also get the mask and the masked image."""
+    return weights | {"conv_in.weight": torch.zeros(32, 9, 3, 3)}
+
+
+@pytest.mark.parametrize("change, config, says", [
+    (linear_projections, {}, r"proj_in.weight is \(32, 32\), not \(32, 32, 1, 1\)"),
+    (nine_channels_in, {}, r"conv_in.weight is \(32, 9, 3, 3\), not \(32, 4, 3, 3\)"),
+    (nine_channels_in, {"in_channels": 9}, "conv_out.weight|latent channels, 4 and 9"),
+])
+def test_unets_of_relatives(change, config, says, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(folder / "unet" / file.name)), file)
+    published = json.loads((copy / "unet" / "config.json").read_text())
+    (copy / "unet" / "config.json").write_text(json.dumps(published | config))
+    with pytest.raises(ValueError, match=says):
+        sample.load(copy)
 
 
 def test_a_config_that_is_no_json(folder, tmp_path):

@@ -19,6 +19,7 @@ import hub
 import parity
 import sample
 import small
+from notebooks.tools import export
 from test_formats import ROOT
 
 pytestmark = pytest.mark.full_size
@@ -140,6 +141,6 @@ def test_the_hub(folder, expected, scratch):
     assert printed.stdout.strip() == expected
 
 
-def test_a_saved_folder(sd, expected, scratch):
-    sample.save(sd, scratch / "saved")
+def test_a_written_folder(sd, expected, scratch):
+    export.write_folder(sd, scratch / "saved")
     assert digest(sample.load(scratch / "saved")) == expected
