@@ -257,7 +257,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
 
-        # how many channels enter each resnet: skips is pushed and popped as in forward
+        # The input channels of each resnet. skips is pushed and popped as in forward.
         skips, down, up = [widths[0]], [], []
         for i, c in enumerate(widths):
             down.append([skips[-1]] + [c] * (n - 1))
@@ -322,7 +322,7 @@ COMPVIS = {
 
 def rename(weights: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """Renames published tensors, in diffusers' or CompVis's format, to this file's names."""
-    per_level = config.layers_per_block + 1  # with the downsampler, or the way up's extra resnet
+    per_level = config.layers_per_block + 1  # counts the downsampler, or the way up's extra resnet
     patterns = {r"(?<![^.])" + re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)": new
                 for theirs, new in COMPVIS.items()}
 

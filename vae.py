@@ -199,7 +199,7 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)  # as published: keeps exp(logvar) finite
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 4, H, W), not scaled -> (B, 3, 8H, 8W), about -1..1."""
+        """(B, 4, H, W), unscaled -> (B, 3, 8H, 8W), about -1..1."""
         return self.decoder(self.post_quant_conv(latents))
 
 
