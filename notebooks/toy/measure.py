@@ -7,6 +7,7 @@ A share counts the pictures in which the judge sees what the prompt asks for.
 """
 
 import argparse
+import functools
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,12 +17,26 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
+import erase
 import sample
 from notebooks.toy import judge as judging
 from notebooks.toy import world
 from notebooks.toy.judge import HEADS, Judge
 from notebooks.toy.world import with_article
 from sample import StableDiffusion
+
+
+FLAGS = Path(__file__).with_name("flags")
+LR_ESD_U = 1e-4  # tunes more tensors than ESD-x, so smaller steps are enough
+
+
+def flags() -> dict:
+    """notebooks/toy/flags as keyword arguments of `erase.erase`."""
+    given = dict(line.removeprefix("--").partition("=")[::2] for line in FLAGS.read_text().split())
+    every_step = "every-step" in given
+    settings = {name: json.loads(value) for name, value in given.items()
+                if name not in ("model", "every-step")}
+    return settings | {"data": functools.partial(erase.own_ways, every_step=every_step)}
 
 
 class Question(NamedTuple):
