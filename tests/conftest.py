@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-import parity
 import sample
-import small
 from notebooks.toy import train
+from support import parity, small
 
 torch.set_num_threads(1)  # models this small lose more to waiting than they win from threads
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 import ddim
-import parity
-import small
+from support import parity, small
 
 # The schedule is float32: rounded otherwise, as another machine may do, it moves x_0 by 1e-5.
 TOLERANCE = 1e-4

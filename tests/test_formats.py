@@ -13,12 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import formats
-import hub
-import parity
 import sample
-import small
 from notebooks.tools import export
+from support import formats, hub, parity, small
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,12 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import formats
-import hub
-import parity
 import sample
-import small
 from notebooks.tools import export
+from support import formats, hub, parity, small
 from test_formats import ROOT
 
 pytestmark = pytest.mark.full_size

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip_text
-import parity
-import small
 import unet
 import vae
-from parity import MODELS
+from support import parity, small
+from support.parity import MODELS
 
 FUNCTIONS = {name: function for part, model in MODELS.items()
              for name, function in parity.functions(part, model).items()}

@@ -1,18 +1,16 @@
-"""What erasing takes on Stable Diffusion v1 at 512x512, batch 1: counted, and checked.
+"""The memory that erasing needs on Stable Diffusion v1 at 512x512, batch 1: counted, and checked.
 
-    python tests/measure_memory.py                         # the table, without any weights
-    python tests/measure_memory.py --check esd-x           # one iteration on the CPU, in float32
+    python -m tests.by_hand.measure_memory                  # the table, needs no weights
+    python -m tests.by_hand.measure_memory --check esd-x    # one iteration on the CPU, in float32
 
 The table counts bytes on the meta device: weights, gradients and Adam from their shapes,
-activations as what autograd keeps at most at one time during a forward and a backward pass.
-Workspaces of the libraries and what the device itself takes come on top.
+activations as the most that autograd keeps at one time in a forward and a backward pass. The
+libraries' workspaces and the device's own memory aren't counted.
 """
 
 import argparse
 import resource
-import sys
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -20,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import erase  # noqa: E402
-import sample  # noqa: E402
-from clip_text import TextConfig, TextEncoder  # noqa: E402
-from unet import UNet, UNetConfig  # noqa: E402
-from vae import VAE, VAEConfig  # noqa: E402
+import erase
+import sample
+from clip_text import TextConfig, TextEncoder
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
 
 GB = 1e9
 
@@ -59,10 +56,9 @@ def activations(method: str, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         unet = UNet(UNetConfig()).to(dtype).requires_grad_(False)
         x_t, t, text = torch.empty(1, 4, 64, 64), torch.ones(1), torch.empty(1, 77, 768)
-    parameters = dict(unet.named_parameters())
-    theta = {name: parameters[name].float().requires_grad_() for name in erase.select(unet, method)}
+    theta = erase.select(unet, method)
     cast = {name: tensor.to(dtype) for name, tensor in theta.items()}
-    weights = {w.untyped_storage()._cdata for w in (*parameters.values(), *cast.values(),
+    weights = {w.untyped_storage()._cdata for w in (*unet.parameters(), *cast.values(),
                                                     *theta.values())}
     Kept.users, Kept.live, Kept.peak = Counter(), 0, 0
 
@@ -93,12 +89,12 @@ def count(method: str, dtype: torch.dtype) -> list[float]:
     and activations."""
     with torch.device("meta"):
         unet = UNet(UNetConfig())
-    sizes = {name: p.numel() for name, p in unet.named_parameters()}
-    tuned = sum(sizes[name] for name in erase.select(unet, method))
+    whole = sum(p.numel() for p in unet.parameters())
+    tuned = sum(tensor.numel() for tensor in erase.select(unet, method).values())
     width = torch.empty((), dtype=dtype).element_size()
     copy = 0 if dtype == torch.float32 else tuned * width
     return [x / GB for x in (
-        (sum(sizes.values()) + others()) * width, tuned * 4 * 4, copy,
+        (whole + others()) * width, tuned * 4 * 4, copy,
         activations(method, dtype))]
 
 
@@ -112,7 +108,7 @@ def table(dtype: torch.dtype) -> None:
 
 
 class OneToken:
-    """Stands in for CLIP's tokenizer, whose vocabulary isn't needed here."""
+    """Takes the place of CLIP's tokenizer, whose vocabulary isn't needed here."""
 
     def __call__(self, prompts, **_):
         ids = [[49406] + 76 * [49407] for _ in prompts]
@@ -120,7 +116,7 @@ class OneToken:
 
 
 def check(method: str) -> None:
-    """One iteration with random weights; the process's peak beside the count."""
+    """One iteration with random weights; the process's peak, to compare with the count."""
     parts = [model(config()).requires_grad_(False) for model, config in (
         (UNet, UNetConfig), (VAE, VAEConfig), (TextEncoder, TextConfig))]
     sd = sample.StableDiffusion(*parts, OneToken())
@@ -134,7 +130,7 @@ def check(method: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory that erasing takes, in GB.")
+    parser = argparse.ArgumentParser(description="Memory that erasing needs, in GB.")
     parser.add_argument("--check", choices=erase.METHODS, metavar="METHOD")
     args = parser.parse_args()
     check(args.check) if args.check else table(torch.bfloat16)

@@ -1,13 +1,13 @@
-"""Full size: time and memory of loading and one picture, ours beside diffusers'.
+"""Full size: time and memory for loading and one image, compared with diffusers.
 
-diffusers is no part of this project, install it by hand:
+diffusers isn't part of this project. From the repository's root:
 
     pip install diffusers==0.42.1 accelerate
-    python tests/compare_loading.py FOLDER [--single FILE ...]
+    python -m tests.by_hand.compare_loading FOLDER [--single FILE ...]
 
-FOLDER is Stable Diffusion v1 in diffusers' layout. Each row is a process of its own; it loads six
-times and gives the median of the last five (the file is then in the page cache), and the process's
-peak after one picture of 256x256 in two steps.
+FOLDER is Stable Diffusion v1 in diffusers' layout. Each row is measured in a process of its own. It
+loads six times and prints the median of the last five, when the file is in the page cache, and
+the peak memory of the process after one image of 256x256 in two steps.
 """
 
 import argparse
@@ -18,13 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 
 def ours(path, tokenizer):
     import sample
     return lambda: sample.load(path, device="cpu", dtype="float32", tokenizer=tokenizer), (
-        lambda sd: sample.generate(sd, ["a picture"], steps=2, size=256)[0])
+        lambda sd: sample.generate(sd, ["an image"], steps=2, size=256)[0])
 
 
 def theirs(path, _):
@@ -37,7 +35,7 @@ def theirs(path, _):
 
     def draw(pipe):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        return pipe("a picture", num_inference_steps=2, height=256, width=256).images[0]
+        return pipe("an image", num_inference_steps=2, height=256, width=256).images[0]
 
     return load, draw
 
@@ -63,10 +61,10 @@ def main() -> None:
     tokenizer = f"{args.folder}/tokenizer"
     if args.who:
         return measure(args.who, (args.single or [args.folder])[0], tokenizer)
-    print("| who | what | loading, s | peak with one picture, GB |\n|---|---|---|---|", flush=True)
+    print("| who | what | loading, s | peak with one image, GB |\n|---|---|---|---|", flush=True)
     rows = [("diffusers", []), ("minESD", [])] + [("minESD", [file]) for file in args.single]
     for who, single in rows:
-        subprocess.run([sys.executable, __file__, args.folder, "--who", who, "--single", *single],
+        subprocess.run([sys.executable, "-m", "tests.by_hand.compare_loading", args.folder, "--who", who, "--single", *single],
                        check=True)
 
 

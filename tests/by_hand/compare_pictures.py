@@ -1,24 +1,21 @@
-"""The same pictures here and in diffusers: of a folder that export.py wrote, and erased.
+"""The same images here and in diffusers: of a model, of a folder that export.py wrote, erased.
 
-diffusers is no part of this project, install it by hand:
+diffusers isn't part of this project. From the repository's root:
 
     pip install diffusers==0.42.1
-    python tests/compare_pictures.py --model notebooks/toy --erased runs/star.safetensors
+    python -m tests.by_hand.compare_pictures --model notebooks/toy --erased runs/star.safetensors
 """
 
 import argparse
-import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import sample  # noqa: E402
-from notebooks.tools import export  # noqa: E402
+import sample
+from notebooks.tools import export
 
 
 def open_pipe(folder: str) -> StableDiffusionPipeline:
@@ -28,7 +25,7 @@ def open_pipe(folder: str) -> StableDiffusionPipeline:
 
 
 def difference(pipe: StableDiffusionPipeline, sd: sample.StableDiffusion, prompt: str) -> int:
-    """The largest difference of a pixel, of 255, over three pictures of 20 steps."""
+    """The largest difference between two pixels, out of 255, in three images of 20 steps."""
     theirs = pipe(prompt, num_inference_steps=20, num_images_per_prompt=3,
                   generator=torch.Generator().manual_seed(5), width=64, height=64).images
     ours = sample.generate(sd, [prompt], num=3, seed=5, steps=20, size=64)
@@ -37,7 +34,7 @@ def difference(pipe: StableDiffusionPipeline, sd: sample.StableDiffusion, prompt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The same pictures here and in diffusers.")
+    parser = argparse.ArgumentParser(description="The same images here and in diffusers.")
     parser.add_argument("--model", default="notebooks/toy")
     parser.add_argument("--erased", required=True)
     parser.add_argument("--prompt", default="a red star")

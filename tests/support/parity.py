@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import clip_text
-import small
 import unet
 import vae
+
+from . import small
 
 MODULES = {"unet": unet, "vae": vae, "text_encoder": clip_text}
 CLASSES = {

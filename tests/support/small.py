@@ -1,4 +1,4 @@
-"""What the tests and record_reference.py share: small configs, inputs, the rule for weights.
+"""What the tests and by_hand/record_reference.py share: small configs, inputs, the rule for weights.
 
 Weights and inputs come from their names alone, so only the reference's outputs need storing.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCE = Path(__file__).parents[1] / "reference"
 PUBLISHED = json.loads((REFERENCE / "configs.json").read_text())  # of CompVis/stable-diffusion-v1-4
 
 # four levels and every other difference of the full size are kept

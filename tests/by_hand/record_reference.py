@@ -1,9 +1,9 @@
 """Records what diffusers and transformers say, for the tests to compare with.
 
-Needed only to record anew. diffusers is no part of this project, install it by hand:
+Only needed to record again. diffusers isn't part of this project. From the repository's root:
 
     pip install diffusers==0.42.1
-    python tests/record_reference.py      # from the repository's root; writes tests/reference/
+    python -m tests.by_hand.record_reference      # writes tests/reference/
 """
 
 import json
@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import small
+from tests.support import small
 
 
 def build(part: str, configs: dict) -> torch.nn.Module:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import small
 from sample import StableDiffusion
+
+from . import small
 
 COMPVIS = json.loads((small.REFERENCE / "compvis.json").read_text())  # its name -> ours, by part
 PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
