@@ -133,6 +133,3 @@ def rename(weights: dict[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
     """Drops the prefix and the constant position_ids, neither of which transformers 5 writes."""
     return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()
             if not name.endswith("position_ids")}
-
-
-TextConfig.from_json = staticmethod(config_from_json)  # until sample.py calls it

@@ -336,6 +336,3 @@ def rename(weights: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
         return name
 
     return {ours(name): tensor for name, tensor in weights.items()}
-
-
-UNetConfig.from_json = staticmethod(config_from_json)  # until sample.py calls it

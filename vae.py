@@ -238,6 +238,3 @@ def rename(weights: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
     renamed = {ours(name): tensor for name, tensor in weights.items()}
     return {name: tensor.flatten(1) if ".attentions.0.to_" in name and tensor.ndim == 4 else tensor
             for name, tensor in renamed.items()}
-
-
-VAEConfig.from_json = staticmethod(config_from_json)  # until sample.py calls it
