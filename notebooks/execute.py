@@ -1,11 +1,11 @@
-"""Runs the notebooks, each in a clean kernel, as CI does.
+"""Runs the notebooks, each in a fresh kernel, as CI does.
 
     pip install -r notebooks/requirements.txt
-    python notebooks/execute.py                 # all, and nothing is written
-    python notebooks/execute.py 2 4 --write     # two of them, with their outputs for the repository
+    python notebooks/execute.py                 # runs all five and writes nothing
+    python notebooks/execute.py 2 4 --write     # runs two and stores their outputs
 
-Fails where a cell raises, where a cell that begins with "# Figure" makes no picture, and where a
-notebook takes more than five minutes.
+Fails if a cell raises, if a cell that starts with "# Figure" shows no image, or if a notebook takes
+more than five minutes.
 """
 
 import argparse
@@ -22,38 +22,38 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 FOLDER = Path(__file__).parent
 LIMIT = 300  # seconds
 SHOWN = {"1": "# Figure 2", "2": "# Figure 2", "3": "# Figure 1", "4": "# Figure 1",
-         "5": "# Figure 2"}  # what the README shows of each
+         "5": "# Figure 2"}  # shown in the README
 
 
 def code_of(notebook: nbformat.NotebookNode) -> str:
-    """A hash of all code, which a notebook carries to say of what its outputs are."""
+    """Returns a hash of all code: stored with the outputs, it tells whether they are current."""
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     return hashlib.sha256(code.encode()).hexdigest()
 
 
 def missing_figures(notebook: nbformat.NotebookNode) -> list[str]:
-    """The first lines of the cells that promise a figure and made no picture."""
+    """Returns the first lines of the figure cells that show no image."""
     return [cell.source.splitlines()[0] for cell in notebook.cells
             if cell.cell_type == "code" and cell.source.startswith("# Figure")
             and not any("image/png" in output.get("data", {}) for output in cell.outputs)]
 
 
 def keep(notebook: nbformat.NotebookNode, file: Path) -> None:
-    """Writes the notebook with its outputs, and the picture that the README shows of it."""
+    """Writes the notebook with its outputs, and its figure for the README."""
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # when it ran, which is another time each time
+        cell.metadata.pop("execution", None)  # timestamps, which change with every run
         if cell.source.startswith(SHOWN[file.name[0]]):
             data = next(output.data["image/png"] for output in cell.outputs
                         if "image/png" in output.get("data", {}))
-            picture = FOLDER / "pictures" / f"{file.stem}.png"
-            picture.parent.mkdir(exist_ok=True)
-            picture.write_bytes(base64.b64decode(data))
+            figure = FOLDER / "pictures" / f"{file.stem}.png"
+            figure.parent.mkdir(exist_ok=True)
+            figure.write_bytes(base64.b64decode(data))
     notebook.metadata["code"] = code_of(notebook)
     nbformat.write(notebook, file)
 
 
 def execute(file: Path, write: bool) -> str:
-    """Runs one notebook; returns what is wrong with it, or nothing."""
+    """Runs one notebook; returns what is wrong, or "" if nothing is."""
     notebook, began = nbformat.read(file, as_version=4), time.perf_counter()
     try:
         NotebookClient(notebook, timeout=LIMIT, kernel_name="python3",
@@ -62,9 +62,9 @@ def execute(file: Path, write: bool) -> str:
         return f"{file.name}: {error}"
     seconds = time.perf_counter() - began
     if missing := missing_figures(notebook):
-        return f"{file.name}: no picture under {missing}"
+        return f"{file.name}: no image in {missing}"
     if seconds > LIMIT:
-        return f"{file.name}: took {seconds:.0f} s, more than {LIMIT}"
+        return f"{file.name}: took {seconds:.0f} s, the limit is {LIMIT} s"
     print(f"{file.name}: {seconds:.0f} s", flush=True)
     if write:
         keep(notebook, file)
@@ -73,8 +73,8 @@ def execute(file: Path, write: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs the notebooks.")
-    parser.add_argument("numbers", nargs="*", help="of the notebooks; all if not given")
-    parser.add_argument("--write", action="store_true", help="keep the outputs in the files")
+    parser.add_argument("numbers", nargs="*", help="which notebooks to run; by default all")
+    parser.add_argument("--write", action="store_true", help="store the outputs in the notebooks")
     args = parser.parse_args()
     files = [file for file in sorted(FOLDER.glob("[0-9]_*.ipynb"))
              if not args.numbers or file.name[0] in args.numbers]
