@@ -1,8 +1,9 @@
 """Solutions of notebook 3, The paper in miniature.
 
-3.1. If the share is p, none of n pictures shows the concept with probability (1 - p)^n. That is
-0.05 where p = 1 - 0.05^(1/n), nearly 3 / n, since log 0.05 = -3.0: 6 % for n = 50, and 0.6 % for n
-= 500, Table 2's number of pictures. To claim "under 1 %" takes 300 pictures without one.
+3.1. If the share is p, none of n images shows the concept with probability (1 - p)^n. This is 0.05
+for p = 1 - 0.05^(1/n), which is close to 3 / n because log 0.05 = -3.0. For n = 50 that is 6 %, and
+for n = 500, the number of images per class in Table 2, 0.6 %. To claim "under 1 %", you need 300
+images, none of which shows the concept.
 """
 
 import math

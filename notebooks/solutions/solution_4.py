@@ -1,15 +1,15 @@
 """Solutions of notebook 4, Your own loss.
 
-4.1. For the empty prompt as anchor: the target is then eps_null, Eq. 6 with eta = 0. For "what any
-other prompt of the kind would have drawn", the target is the mean of the original's predictions
-over those prompts, each weighted by how likely it is for this x_t; that is nearly what the empty
-prompt's prediction is.
+4.1. The empty prompt: the target is then eps_null, which is Eq. 6 with eta = 0. To draw an average
+over the other objects, the target is the mean of the original's predictions for their prompts,
+each weighted by how likely it is given x_t. The prediction for the empty prompt comes close to
+that.
 
-4.3. There is no single answer. What to look for: a near anchor needs the smallest change, so fewer
-iterations and the least harm, but a judge may still see the concept in it; a far one changes more
-of what the words share; a style as anchor changes the style and may leave the object. And an
-anchor that is itself asked for should come out as before: if it doesn't, the concept's pictures
-have leaked into it.
+4.3. There is no single answer. Things to look for: an anchor close to the concept needs the
+smallest change, hence few iterations and little harm, but a judge may still see the concept in its
+images. A distant anchor changes more of what the two prompts share. A style as anchor changes the
+style and may leave the object. Finally, the anchor's own images should not change: if they do, the
+concept has leaked into them.
 """
 
 import torch
