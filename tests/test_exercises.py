@@ -1,4 +1,4 @@
-"""The exercises' checks: solutions are right, empty stubs and the likeliest mistakes aren't."""
+"""The checks of the exercises accept the solutions and reject stubs and likely mistakes."""
 
 import importlib
 
@@ -17,7 +17,7 @@ SOLUTIONS = {
 
 
 def sampler(offset=1, root=True, end=0):
-    """A DDIM sampler with a mistake or two."""
+    """Returns a DDIM sampler with a mistake or two."""
     def denoise(predict, x_t, steps):
         abar, stride = ddim.alphas_cumprod(), 1000 // steps
         for k in reversed(range(steps)):
