@@ -299,7 +299,7 @@ def config_from_json(config: dict) -> UNetConfig:
     return UNetConfig(
         block_out_channels=tuple(config["block_out_channels"]),
         attention=tuple(name == "CrossAttnDownBlock2D" for name in config["down_block_types"]),
-        heads=int(config.get("attention_head_dim", 8)),  # despite its name, it counts heads
+        heads=config.get("attention_head_dim", 8),  # despite its name, it counts heads
         **{name: config[name] for name in ("in_channels", "layers_per_block", "sample_size",
                                            "cross_attention_dim", "norm_num_groups")})
 
