@@ -4,7 +4,6 @@
     python erase.py "star" @notebooks/toy/flags --out runs/star.safetensors
 
 Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, arxiv.org/abs/2303.07345.
-
 Equation and section numbers are the paper's. Symbols: c concept, null empty prompt; x_t latent at
 time t; eps predicted noise; eta strength; `frozen` eps_theta*, the original model; `unet`
 eps_theta, the edited one; theta the tensors in which the two differ.
@@ -21,7 +20,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 import ddim
@@ -37,7 +35,6 @@ SCALE = 2.0**12  # of the loss, so that float16 gradients don't vanish; Adam's s
 
 class Text(NamedTuple):
     """Text features that a loss may use, (B, 77, 768) each."""
-
     concept: Tensor
     null: Tensor
     anchor: Tensor  # what x_t is drawn for: the concept, unless another prompt is given
@@ -63,11 +60,10 @@ def esd_loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Tex
 @torch.no_grad()
 def own_ways(unet: Callable, texts: list[Text], shape: tuple, steps: int, guidance: float,
              rng: Generator, every_step: bool = False) -> Iterator[tuple]:
-    """Yields (x_t, t, text) without end. x_t is what `unet` itself, the edited model, has denoised
-    from noise for a random concept, down to a random time t (section 4).
-
-    every_step: yields every x_t on the way to an image, each drawn with theta as it is by then.
-    Two U-Net calls for each x_t, instead of two for every step down to t; not in the paper.
+    """Yields (x_t, t, text) without end: x_t as `unet` itself, the edited model, has denoised it
+    for a random concept, from noise down to a random time t (section 4).
+    every_step: each x_t from noise to image, drawn with theta as it is by then; two U-Net calls
+    for each x_t, instead of two for every step down to t. Not in the paper.
     """
     times = ddim.timesteps(steps)
     while True:
@@ -100,7 +96,7 @@ def select(unet: nn.Module, method: str | Callable[[str], bool]) -> dict[str, Te
 def edit(frozen: nn.Module, theta: dict[str, Tensor]) -> Callable:
     """Returns eps_theta(x_t, t, c): `frozen` with the newest values of theta in place."""
     dtype = next(frozen.parameters()).dtype
-    return lambda x_t, t, c: functional_call(
+    return lambda x_t, t, c: torch.func.functional_call(
         frozen, {name: tensor.to(dtype) for name, tensor in theta.items()}, (x_t, t, c))
 
 
@@ -122,7 +118,6 @@ def erase(sd: sample.StableDiffusion, concepts: list[str] | dict[str, str], meth
           data: Callable = own_ways, guidance: float = 3.0, steps: int = 50, batch: int = 1,
           seed: int = 0, checkpoint: Path | None = None) -> dict[str, Tensor]:
     """Runs ESD, by default with the paper's values; returns theta by name. `sd` isn't changed.
-
     concepts: prompts, or {prompt: anchor}; each x_t is for a random one. data: as `own_ways`.
     checkpoint: a file that keeps the run; the same call goes on from it, to the same bits.
     """
@@ -163,6 +158,10 @@ def save(theta: dict[str, Tensor], path: Path, settings: dict) -> None:
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     sample.check_out(args.out, ".safetensors", new=True)
+    try:
+        loss_fn = pkgutil.resolve_name(args.loss)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--loss {args.loss}: {error}") from error
     sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
     data = lambda *how: own_ways(*how, args.every_step)
     if args.image:
@@ -170,17 +169,17 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{len(args.image)} images for {len(args.concepts)} concepts")
         images = sd.encode_images([Image.open(file) for file in args.image])
         data = lambda unet, texts, shape, steps, _, rng: noised(images, texts, shape, steps, rng)
-    checkpoint = args.out.with_suffix(f".{zlib.crc32(repr(args).encode()):08x}.checkpoint")
-    theta = erase(sd, {concept: args.anchor or concept for concept in args.concepts}, args.method,
-                  args.eta, args.lr, args.iterations, pkgutil.resolve_name(args.loss), data,
-                  args.guidance, args.steps, args.batch, args.seed, checkpoint)
+    kept = args.out.with_suffix(f".{zlib.crc32(repr(args).encode()):08x}.checkpoint")
+    theta = erase(sd, {c: args.anchor or c for c in args.concepts}, args.method, args.eta, args.lr,
+                  args.iterations, loss_fn, data, args.guidance, args.steps, args.batch, args.seed,
+                  kept)
     save(theta, args.out, vars(args))
-    checkpoint.unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
     models = {"before": sd, "after": sample.load_erased(sd, args.out)}
-    rows = [(f"{prompt}, {when}", sample.generate(model, [prompt], 4, args.seed, progress=True))
-            for prompt in args.concepts + args.show for when, model in models.items()]
+    rows = [(f"{text}, {when}", sample.generate(model, [text], 4, args.seed, 25, progress=True))
+            for text in args.concepts + args.show for when, model in models.items()]
     sample.save_png(sample.contact_sheet(rows), args.out.with_suffix(".png"), vars(args))
-    print(f"{sum(tensor.numel() for tensor in theta.values()):,} parameters tuned: {args.out}, .png")
+    print(f"{sum(part.numel() for part in theta.values()):,} parameters tuned: {args.out}, .png")
 
 
 def main() -> None:
