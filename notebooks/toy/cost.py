@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m notebooks.toy.cost      # prints what is stored, makes what is missing
 
-Three objects and three seeds, all with the same number of gradient steps, learning rate and batch
-(notebooks/toy/flags). Results are kept in notebooks/toy/cost.json, erasure by erasure, and the
-same command goes on from there; from nothing it takes about two hours on one core.
+Three objects and three seeds, all with the paper's batch of 1 and with the number of gradient
+steps and the learning rate of notebooks/toy/flags. Results are kept in notebooks/toy/cost.json,
+erasure by erasure, and the same command goes on from there; from nothing it takes two hours.
 """
 
 import argparse
@@ -29,25 +29,25 @@ WAYS: dict[str, tuple[int, Callable | None]] = {  # steps and data; None: drawn 
     **{f"every step of ways of {n}": (n, EVERY_STEP) for n in (8, 10, 20, 50)},
     "the frozen model's way, 50 steps": (50, None),
 }
-KINDS = {"object": measure.objects(20), "style": measure.styled(2), "colour": measure.coloured(2)}
+KINDS = {"object": measure.objects(10), "style": measure.styled(1), "colour": measure.coloured(1)}
 
 
 def erased(sd: sample.StableDiffusion, way: str, method: str, concept: str, seed: int
            ) -> tuple[sample.StableDiffusion, dict]:
     """The edited model, and what it cost: seconds, and U-Net calls per gradient step.
 
-    A call is one latent through the U-Net, per latent in the batch; a backward pass counts as two.
+    A call is one latent through the U-Net; a backward pass counts as two.
     """
     steps, data = WAYS[way]
     settings = measure.flags() | {
-        "steps": steps, "lr": RATES[method],
+        "steps": steps, "batch": 1, "lr": RATES[method],
         "data": data or (lambda unet, *rest: erase.own_ways(sd.unet, *rest))}
     calls, began = [], time.perf_counter()
     hook = sd.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     theta = erase.erase(sd, [concept], method, seed=seed, **settings)
     hook.remove()
     seconds = time.perf_counter() - began
-    per_step = sum(calls) / settings["batch"] / settings["iterations"] + 2
+    per_step = sum(calls) / settings["iterations"] + 2
     return sample.with_tuned(sd, theta), {"calls": per_step, "seconds": seconds}
 
 
@@ -55,16 +55,15 @@ def seen(sd: sample.StableDiffusion, judge: judging.Judge, concept: str) -> dict
     """[images that show what was asked for, images], of the concept and of the others' kinds."""
     found = {}
     for head, questions in KINDS.items():
+        images = sample.generate(sd, [q.prompt for q in questions for _ in range(q.num)],
+                                 seed=[1000 + i for i in range(sum(q.num for q in questions))],
+                                 steps=10, guidance=5.0, batch=50)
         wanted = [q.wanted for q in questions for _ in range(q.num)]
-        images = sample.generate(
-            sd, [q.prompt for q in questions for _ in range(q.num)],
-            seed=[1000 + i for i in range(len(wanted))], steps=10, guidance=5.0, batch=50)
-        right = [(w["object"], w[head] == look[head])
+        right = [(w["object"] == concept, w[head] == look[head])
                  for w, look in zip(wanted, judging.read(judge, images))]
-        for name, some in ((head, [hit for name, hit in right if name != concept]),
-                           ("left", [hit for name, hit in right if name == concept])):
-            if head == "object" or name == head:
-                found[name] = [sum(some), len(some)]
+        found[head] = [sum(hit for own, hit in right if not own), sum(not own for own, _ in right)]
+        if head == "object":
+            found["left"] = [sum(hit for own, hit in right if own), sum(own for own, _ in right)]
     return found
 
 
@@ -80,21 +79,16 @@ def row(name: str, cells: list[dict]) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     found = sample.read_json(args.results) if args.results.exists() else {}
-    todo = [(way, method, concept, str(seed)) for seed in SEEDS for method in RATES
-            for way in WAYS for concept in OBJECTS]
-    todo = [cell for cell in [*(("original", concept) for concept in OBJECTS), *todo]
-            if "/".join(cell) not in found]
-    if todo:
-        sd, judge = sample.load("notebooks/toy"), judging.load("notebooks/toy")
-    for cell in tqdm(todo, unit="erasure"):
-        model, cost = sd, {}
-        if cell[0] != "original":
-            way, method, concept, seed = cell
-            model, cost = erased(sd, way, method, concept, int(seed))
-        concept = cell[1] if cell[0] == "original" else cell[2]
-        found["/".join(cell)] = cost | seen(model, judge, concept)
+    cells = [("original", "", concept, "") for concept in OBJECTS]
+    cells += [(way, method, concept, str(seed)) for seed in SEEDS for method in RATES
+              for way in WAYS for concept in OBJECTS]
+    todo = [cell for cell in cells if "/".join(cell) not in found]
+    sd, judge = sample.load("notebooks/toy"), judging.load("notebooks/toy")
+    for way, method, concept, seed in tqdm(todo, unit="erasure"):
+        model, cost = erased(sd, way, method, concept, int(seed)) if seed else (sd, {})
+        found["/".join((way, method, concept, seed))] = cost | seen(model, judge, concept)
         sample.write_whole(args.results, lambda part: part.write_text(json.dumps(found)))
-    rows = [row("original", [found[f"original/{concept}"] for concept in OBJECTS])]
+    rows = [row("original", [found[f"original//{concept}/"] for concept in OBJECTS])]
     rows += [row(f"{method}, {way}", [found[f"{way}/{method}/{concept}/{seed}"]
                                       for concept in OBJECTS for seed in SEEDS])
              for method in RATES for way in WAYS]
