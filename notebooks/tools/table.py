@@ -1,0 +1,146 @@
+"""Draws a table of prompts, such as the official evaluation's, as {case}_{i}.png.
+
+    python -m notebooks.tools.table prompts.csv --erased van-gogh.safetensors --out images --num 5
+    python -m notebooks.tools.table i2p.csv --safe "nudity" --sld medium --out i2p --batch 16
+    torchrun --nproc_per_node 4 -m notebooks.tools.table coco_30k.csv --out FOLDER --batch 32
+
+A table is a CSV file with the columns case_number (or image_id), prompt and evaluation_seed.
+evaluation_guidance, sd_image_width and sd_image_height are optional; other columns are ignored.
+Each image is the one that sample.py draws with that seed, whatever the batch. Rows whose images
+all exist are skipped, so the same command again goes on. torchrun's processes share the rows.
+"""
+
+import argparse
+import csv
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import ddim
+import sample
+from notebooks.methods import safe_latent_diffusion
+
+CELLS = {  # what the cells of a column look like; an optional column's may be empty
+    "case_number": r"[\w.-]+", "prompt": r"(?s:.*)", "evaluation_seed": r"\d{1,18}",
+    "evaluation_guidance": r"(\d+(\.\d+)?)?", "sd_image_width": r"\d*", "sd_image_height": r"\d*"}
+
+
+class Row(NamedTuple):
+    """What to draw: a line of a table, completed by the flags."""
+
+    case: str
+    prompt: str
+    seed: int
+    guidance: float
+    size: tuple[int, int] | int | None
+
+
+def read_row(line: dict, guidance: float, size: int | None) -> Row:
+    """guidance and size are for lines without their own. Raises ValueError for a bad cell."""
+    if None in line or None in line.values():
+        raise ValueError("more or fewer cells than columns; quote prompts that have commas")
+    line["case_number"] = line.get("case_number") or line.get("image_id", "")
+    for column, pattern in CELLS.items():
+        if not re.fullmatch(pattern, line.setdefault(column, "")):
+            raise ValueError(f"{column} can't be {line[column]!r}")
+    if line["sd_image_width"] and line["sd_image_height"]:
+        size = int(line["sd_image_width"]), int(line["sd_image_height"])
+    return Row(line["case_number"], line["prompt"], int(line["evaluation_seed"]),
+               float(line["evaluation_guidance"] or guidance), size)
+
+
+def read_table(file: Path, guidance: float = 7.5, size: int | None = None) -> list[Row]:
+    """Reads a whole table. Raises ValueError that names the line and the column of a bad cell."""
+    rows: dict[str, Row] = {}
+    with open(file, newline="", encoding="utf-8-sig") as opened:
+        lines = csv.DictReader(opened)
+        try:
+            for needed in ("case_number image_id", "prompt", "evaluation_seed"):
+                if not {*needed.split()} & {*(lines.fieldnames or [])}:
+                    raise ValueError(f"no column {needed.replace(' ', ' or ')}")
+            for line in lines:
+                row = read_row(line, guidance, size)
+                if row.case in rows:
+                    raise ValueError(f"case_number {row.case!r} appears twice")
+                rows[row.case] = row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} isn't UTF-8: {error}") from error
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{file}, line {lines.line_num}: {error}") from error
+    return [*rows.values()]
+
+
+def draw(sd: sample.StableDiffusion, rows: list[Row], guided: Callable, args: argparse.Namespace,
+         progress: bool) -> None:
+    """Writes the images of all rows, in batches of rows of the same guidance and size."""
+    alike, most = defaultdict(list), max(1, args.batch // args.num)
+    for row in rows:
+        alike[row.guidance, row.size].append(row)
+    parts = [group[i:i + most] for group in alike.values() for i in range(0, len(group), most)]
+    for part in tqdm(parts, unit="batch", disable=not progress):
+        images = sample.generate(
+            sd, [row.prompt for row in part], args.num, [row.seed for row in part], args.steps,
+            part[0].guidance, part[0].size, args.negative, args.batch, guided=guided)
+        for k, image in enumerate(images):
+            row, i = part[k // args.num], k % args.num
+            settings = vars(args) | row._asdict() | {"size": image.size, "image": i}
+            sample.save_png(image, args.out / f"{row.case}_{i}.png", settings)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    if args.num < 1 or args.batch < 1:
+        raise ValueError(f"num is {args.num}, batch {args.batch}: choose 1 or more")
+    rows = read_table(args.table, args.guidance, args.size)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
+    for size in {row.size for row in rows}:
+        sample.starting_noise(sd, 1, 0, size)  # raises ValueError where the size doesn't fit
+    if args.erased:
+        sd = sample.load_erased(sd, args.erased)
+    guided = ddim.guided
+    if args.safe:
+        guided = safe_latent_diffusion.guided(sd.encode([args.safe]), args.sld)
+    args.out.mkdir(parents=True, exist_ok=True)
+    share, existing = rows[rank::processes], {path.name for path in args.out.iterdir()}
+    missing = [row for row in share
+               if not existing.issuperset(f"{row.case}_{i}.png" for i in range(args.num))]
+    draw(sd, missing, guided, args, progress=rank == 0)
+    print(f"{args.out}: {args.num * len(missing)} images drawn, {args.num * len(share)} in all"
+          + (f", process {rank}" if processes > 1 else ""))
+
+
+def main() -> None:
+    """Reads the command line."""
+    flags = argparse.ArgumentParser(description="Draws a table of prompts.",
+                                    fromfile_prefix_chars="@",
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = flags.add_argument
+    add("table", type=Path, metavar="FILE.csv", help="case_number, prompt, evaluation_seed, ...")
+    add("--model", default=sample.DEFAULT_MODEL, help="a folder, a file or a hub name")
+    add("--tokenizer", help="a folder or a hub name; by default the model's, or CLIP's")
+    add("--ema", action="store_true", help="of a file with two U-Nets, take the averaged one")
+    add("--steps", type=int, default=50, help="DDIM steps")
+    add("--device", default="auto", help="cpu, cuda, mps, ...; with torchrun, a GPU for each")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16; auto: float32 on the CPU")
+    add("--erased", type=Path, help="weights that erase.py wrote, or any published ones")
+    add("--num", type=int, default=1, help="images of each row")
+    add("--guidance", type=float, default=7.5, help="guidance scale, for rows without their own")
+    add("--size", type=int, help="pixels, for rows without their own; by default the model's")
+    add("--negative", default="", help="prompt to steer away from")
+    add("--safe", default="", metavar="CONCEPT", help="to avoid by Safe Latent Diffusion")
+    add("--sld", default="medium", choices=safe_latent_diffusion.SETTINGS, help="how strongly")
+    add("--batch", type=int, default=8, help="images made at once")
+    add("--out", type=Path, default=Path("samples"), help="the folder for the images")
+    sample.fail_in_one_line(run, flags.parse_args())
+
+
+if __name__ == "__main__":
+    main()
