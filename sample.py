@@ -90,8 +90,9 @@ def starting_noise(sd: StableDiffusion, num: int, seed: int,
     size = sd.unet.config.sample_size * factor if size is None else size
     width, height = (size, size) if isinstance(size, int) else size
     unit = factor * 2 ** (levels - 1)  # 64 pixels for Stable Diffusion v1
-    if min(width, height) < unit or width % unit or height % unit:
-        raise ValueError(f"size is {width} x {height}, choose multiples of {unit}")
+    if min(width, height) < unit or width % unit or height % unit or not 0 <= seed < 2**63:
+        raise ValueError(f"size is {width} x {height}, seed {seed}: choose multiples of {unit}, "
+                         f"0 to {2**63 - 1}")
     generator = torch.Generator().manual_seed(seed)
     shape = (1, sd.unet.config.in_channels, height // factor, width // factor)
     return torch.cat([torch.randn(shape, generator=generator) for _ in range(num)])
