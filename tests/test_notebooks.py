@@ -1,4 +1,4 @@
-"""The notebooks as committed: their outputs are of their code, and every figure is there."""
+"""The committed notebooks: outputs match the code, every figure is there, and links work."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ def test_there_are_five():
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_outputs_are_of_this_code(file):
-    """Else run `python notebooks/execute.py NUMBER --write`."""
+def test_outputs_match_the_code(file):
+    """If it fails, run `python notebooks/execute.py NUMBER --write`."""
     code = "\n".join("".join(cell["source"]) for cell in code_cells(file))
     made_by = json.loads(file.read_text())["metadata"]["code"]
     assert hashlib.sha256(code.encode()).hexdigest() == made_by
@@ -44,6 +44,12 @@ def test_the_model_is_chosen_in_one_line(file):
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_code_lines_fit_on_a_page(file):
+    lines = "\n".join("".join(cell["source"]) for cell in code_cells(file)).splitlines()
+    assert [line for line in lines if len(line) > 110] == []
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_there_are_three_exercises_with_their_checks(file):
     text = "".join("".join(cell["source"]) for cell in json.loads(file.read_text())["cells"])
     number = file.name[0]
@@ -52,7 +58,7 @@ def test_there_are_three_exercises_with_their_checks(file):
 
 
 @pytest.mark.parametrize("page", ["README.md", "notebooks/TEACHING.md"])
-def test_what_a_page_links_to_is_there(page):
+def test_links_to_files_work(page):
     file = FOLDER.parent / page
     links = re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', file.read_text())
     local = [path for path in map("".join, links) if not path.startswith("http")]
