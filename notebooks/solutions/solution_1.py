@@ -1,14 +1,17 @@
-"""Solutions of notebook 1, A prompt's way to a picture.
+"""Solutions of notebook 1, From a prompt to an image.
 
 1.1. alpha = 1 gives eps(c): the prompt without guidance. alpha = 0 gives eps(null): the empty
-prompt. alpha = -1 gives eps(null) - [eps(c) - eps(null)]: away from the prompt, which is Eq. 6's
-target for eta = 1. With a negative prompt n: eps(n) + alpha [eps(c) - eps(n)]. The empty prompt
-then plays no part for any alpha. For alpha = 7.5 the weight of eps(n) is 1 - alpha = -6.5: it is
-pushed away from nearly as strongly as c is drawn to.
+prompt. alpha = -1 gives eps(null) - [eps(c) - eps(null)]: away from the prompt, and the target of
+Eq. 6 for eta = 1. With a negative prompt n: eps(n) + alpha [eps(c) - eps(n)]. The empty prompt no
+longer matters, for any alpha. At alpha = 7.5 the weight of eps(n) is 1 - alpha = -6.5 and that of
+eps(c) is 7.5: n repels the image nearly as strongly as c attracts it.
 
-1.3. The first steps decide what is drawn and where, the rest its colour and edges: at guidance 1
-few steps suffice, since a prediction changes little along the way; at 15 it changes much, and large
-steps overshoot.
+1.3. The first steps fix the object and its position, the rest its colour and edges. At guidance 1
+a prediction changes little from one time to the next, so a few steps are enough for most seeds. At
+15 it changes a lot, and large steps overshoot. With 16 seeds of "a red star", the median distance
+to the image of 100 steps is 6 at 5 steps and 1 at 20 for guidance 1, but 130 and 6 for guidance 15.
+Look at the median, not only at the mean: at guidance 1 a few seeds change to another style between
+20 and 50 steps, and those few images dominate the mean.
 """
 
 import ddim
@@ -18,8 +21,8 @@ def my_denoise(predict, x_t, steps):
     abar = ddim.alphas_cumprod()
     stride = 1000 // steps
     for k in reversed(range(steps)):
-        t, t_prev = k * stride + 1, max((k - 1) * stride + 1, 0)  # was without + 1, and without max
+        t, t_prev = k * stride + 1, max((k - 1) * stride + 1, 0)  # + 1 and max were missing
         eps = predict(x_t, t)
-        x_0 = (x_t - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()  # was without the first root
+        x_0 = (x_t - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()  # the first root was missing
         x_t = abar[t_prev].sqrt() * x_0 + (1 - abar[t_prev]).sqrt() * eps
     return x_t
