@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTokenizer
 
+import erase
 import sample
 from notebooks.toy import judge, measure, train, world
 
@@ -21,7 +23,7 @@ def rng(seed=0):
 # The world
 
 @pytest.mark.parametrize("style", world.STYLES)
-def test_the_same_seed_renders_the_same_picture(style):
+def test_the_same_seed_renders_the_same_image(style):
     for object in world.OBJECTS:
         first, second, other = (world.render(object, "red", style, rng(s)) for s in (0, 0, 1))
         assert first.tobytes() == second.tobytes() != other.tobytes()
@@ -31,10 +33,10 @@ def test_objects_are_whole():
     """Nothing of an object lies in the two outer pixels, so none is cut by the border."""
     for object in world.OBJECTS:
         for seed in range(20):
-            picture = np.array(world.render(object, "blue", "plain", rng(seed))).astype(int)
+            image = np.array(world.render(object, "blue", "plain", rng(seed))).astype(int)
             border = np.ones((64, 64), bool)
             border[2:-2, 2:-2] = False
-            assert np.ptp(picture[border], axis=0).max() == 0, (object, seed)
+            assert np.ptp(image[border], axis=0).max() == 0, (object, seed)
 
 
 def test_unknown_names_are_refused():
@@ -93,6 +95,14 @@ def test_works_are_fixed_and_three_share_a_style():
     assert len(styles) == 6 and styles.count("mosaic") == 3
     for title in world.WORKS:
         assert world.render_work(title).tobytes() == world.render_work(title).tobytes()
+
+
+def test_the_contact_sheet_of_the_world(tmp_path, monkeypatch):
+    """Rows: six of styles, two of scenes, one of works, two of images of nothing."""
+    monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path / "world.png")])
+    world.main()
+    columns, rows = 10, 6 + 2 + 1 + 2
+    assert Image.open(tmp_path / "world.png").size == (columns * 196 + 4, rows * 218)
 
 
 # The tokenizer
@@ -167,8 +177,24 @@ def test_frechet_distance_of_gaussians():
     assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
+def test_the_settings_of_a_file_that_erase_wrote(folder, tmp_path, monkeypatch):
+    """They are the flags file's, which Python reads alike, and name what was erased."""
+    file = tmp_path / "dots.safetensors"
+    monkeypatch.setattr("sys.argv", ["erase.py", "a picture in the style of dots",
+                                     "@notebooks/toy/flags", f"--model={folder}",
+                                     "--iterations=1", f"--out={file}"])
+    erase.main()
+    settings, flags = measure.settings_of(file), measure.flags()
+    assert (settings["name"], settings["method"], settings["iterations"]) == ("dots", "esd-x", 1)
+    assert all(settings[key] == flags[key] for key in ("lr", "steps", "batch"))
+    assert settings["every_step"] == flags["data"].keywords["every_step"]
+    assert {*flags} == {"lr", "iterations", "steps", "batch", "data"}
+    with pytest.raises(ValueError, match="didn't write it"):
+        measure.settings_of(Path(TOY) / "judge" / "model.safetensors")
+
+
 def answers(seen_as=lambda wanted: wanted):
-    """Two pictures of each class, seen as `seen_as` says; a bare name's come as mosaics."""
+    """Two images of each class, seen as `seen_as` says; a bare name's come as mosaics."""
     bare = [{"object": o} for o in world.OBJECTS]
     styled = [{"object": o, "style": s} for o in world.OBJECTS for s in world.STYLES[1:]]
     coloured = [{"object": o, "colour": c} for o in world.OBJECTS for c in world.COLOURS]
@@ -192,7 +218,8 @@ def test_the_row_of_an_erasure():
     row = measure.erased_row(Path("a.safetensors"), answers(), after, settings)
     kept_objects, kept_styles = (8 + 0.5) / 9, 4 / 5  # "a square" that comes as a mosaic costs none
     assert row == ("| a | star | esd-x | 0.5 | 3 | 7 | 100.0 | 50.0 | 45.5 "
-                   f"| {100 * kept_objects:.1f} | {100 * kept_styles:.1f} | 100.0 | neon 0.0 | 1 moon |")
+                   f"| {100 * kept_objects:.1f} | {100 * kept_styles:.1f} | 100.0 "
+                   "| neon 0.0 | 1 moon |")
 
 
 def test_labels_of_nothing_are_the_last_class():
@@ -211,7 +238,7 @@ def test_the_shipped_model_is_small(toy):
     assert sum(file.stat().st_size for file in Path(TOY).rglob("*.safetensors")) < 12e6
 
 
-def test_the_judge_reads_rendered_pictures(toy):
+def test_the_judge_reads_rendered_images(toy):
     look = judge.load(TOY)
     examples = [world.draw(r) for r in [rng(77)] for _ in range(300)]
     seen = judge.read(look, [e.image for e in examples])

@@ -1,7 +1,7 @@
-"""The judge: what object, colour and style does a picture show? The ResNet-50 of this world.
+"""The judge tells which object, colour and style an image shows: the ResNet-50 of this world.
 
 Each of the three heads has one class more than the world has names, for "none of these": a broken
-star isn't a star. The features before the heads serve for the Frechet distance.
+star isn't a star. The Frechet distance is taken on the features before the heads.
 """
 
 from pathlib import Path
@@ -48,13 +48,13 @@ class Judge(nn.Module):
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
-    """B pictures -> (B, 3, 64, 64) in -1..1."""
+    """B images -> (B, 3, 64, 64) in -1..1."""
     pixels = np.stack([np.array(image) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def load(folder: str | Path) -> Judge:
-    """The judge that was trained beside the model in `folder`."""
+    """Loads the judge that was trained with the model in `folder`."""
     judge = Judge()
     judge.load_state_dict(load_file(Path(folder) / "judge" / "model.safetensors"))
     return judge.requires_grad_(False)
@@ -62,7 +62,7 @@ def load(folder: str | Path) -> Judge:
 
 @torch.no_grad()
 def read(judge: Judge, images: list[Image.Image]) -> list[dict[str, str | None]]:
-    """What each picture shows, {"object": "star", ...}; None stands for none of these."""
+    """Returns what each image shows, {"object": "star", ...}; None is "none of these"."""
     scores = judge(to_tensor(images))
     classes = [s.argmax(dim=1).tolist() for s in scores]
     return [{head: (*names, None)[i] for i, (head, names) in zip(row, HEADS.items())}

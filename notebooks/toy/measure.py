@@ -1,9 +1,9 @@
-"""How good the miniature is, and what an erasure did to it, in tables.
+"""Tables of how good the miniature is, and of what erasures did to it.
 
     python -m notebooks.toy.measure model --steps 10     # every kind of prompt
     python -m notebooks.toy.measure erased star.safetensors --steps 10    # a row for each file
 
-A share counts the pictures in which the judge sees what the prompt asks for.
+A share counts the images in which the judge sees what the prompt asks for.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def flags() -> dict:
 
 
 class Question(NamedTuple):
-    """A prompt, how many pictures of it, and what the judge should see in them."""
+    """A prompt, how many images of it, and what the judge should see in them."""
 
     prompt: str
     num: int
@@ -90,7 +90,7 @@ class Painter(NamedTuple):
 
 
 def ask(painter: Painter, judge: Judge, questions: list[Question]) -> list[dict[str, float]]:
-    """For each question and each head that it names, the share of pictures that are right."""
+    """Returns for each question the share of images that are right, by each head that it names."""
     num = questions[0].num
     images = painter([q.prompt for q in questions], num)
     seen = judging.read(judge, images)
@@ -103,11 +103,11 @@ def percent(share: float) -> str:
 
 
 def judge_table(judge: Judge, seed: int, count: int = 2000) -> None:
-    """The judge on rendered pictures that it hasn't seen."""
+    """The judge on rendered images that it hasn't seen."""
     rng = np.random.default_rng(seed)
     known = [world.draw(rng) for _ in range(count)]
     unknown = [world.draw_none(rng) for _ in range(count)]
-    print("| judge | pictures read right, % | \"none of these\" where it is, % |\n|---|---|---|")
+    print("| judge | images read right, % | \"none of these\" where it is, % |\n|---|---|---|")
     for i, (head, names) in enumerate(HEADS.items()):
         shares = []
         for examples, none in ((known, False), (unknown, True)):
@@ -120,7 +120,7 @@ def judge_table(judge: Judge, seed: int, count: int = 2000) -> None:
 
 def prompt_table(painter: Painter, judge: Judge) -> None:
     """The shares for every kind of prompt, on average and in the worst cell."""
-    print("| prompts | pictures | object, % | colour, % | style, % | worst object, % |\n"
+    print("| prompts | images | object, % | colour, % | style, % | worst object, % |\n"
           "|---|---|---|---|---|---|")
     for ask_for, num in ((objects, 50), (styled, 5), (coloured, 5), (scenes, 50),
                          (paraphrases, 50)):
@@ -137,7 +137,7 @@ def prompt_table(painter: Painter, judge: Judge) -> None:
 
 
 def works_table(painter: Painter, seeds: int = 8, others: int = 1000) -> None:
-    """Whether each picture of a work is nearer to the work than to anything else."""
+    """Whether each image of a work is nearer to the work than to anything else."""
     rng = np.random.default_rng(painter.seed)
 
     def array(image):
@@ -147,7 +147,7 @@ def works_table(painter: Painter, seeds: int = 8, others: int = 1000) -> None:
     random = [array(world.draw(rng).image) for _ in range(others)]
     random = [x for x in random if min(np.abs(x - w).max() for w in works.values()) > 0]
     images = painter([title.lower() for title in works], seeds)
-    print("| work | distance to itself | to the nearest other work | to the nearest random picture "
+    print("| work | distance to itself | to the nearest other work | to the nearest random image "
           "| nearest to itself |\n|---|---|---|---|---|")
     for i, (title, work) in enumerate(works.items()):
         rows = []
@@ -155,9 +155,9 @@ def works_table(painter: Painter, seeds: int = 8, others: int = 1000) -> None:
             own, *others = [np.abs(array(image) - x).mean() for x in
                             (work, *(w for w in works.values() if w is not work), *random)]
             rows.append([own, min(others[:len(works) - 1]), min(others[len(works) - 1:])])
-        own, other, picture = np.mean(rows, axis=0)
+        own, other, random_image = np.mean(rows, axis=0)
         nearest = sum(row[0] == min(row) for row in rows)
-        print(f"| {title} | {own:.1f} | {other:.1f} | {picture:.1f} | {nearest} of {seeds} |")
+        print(f"| {title} | {own:.1f} | {other:.1f} | {random_image:.1f} | {nearest} of {seeds} |")
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -171,7 +171,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def frechet_line(painter: Painter, judge: Judge, count: int = 1000) -> None:
-    """Generated against rendered pictures, beside rendered against rendered."""
+    """Generated against rendered images, and rendered against rendered ones for comparison."""
     rng = np.random.default_rng(painter.seed)
     sets = [[world.draw(rng) for _ in range(count)] for _ in range(2)]
     rendered = [judge.features(judging.to_tensor([e.image for e in examples])).double().numpy()
@@ -180,19 +180,19 @@ def frechet_line(painter: Painter, judge: Judge, count: int = 1000) -> None:
     images = sample.generate(painter.sd, captions, seed=list(range(count)), steps=painter.steps,
                              guidance=painter.guidance, batch=50, progress=True)
     made = judge.features(judging.to_tensor(images)).double().numpy()
-    print(f"Frechet distance on the judge's features, {count} pictures each: generated to rendered "
+    print(f"Frechet distance on the judge's features, {count} images each: generated to rendered "
           f"{frechet(made, rendered[1]):.2f}, rendered to rendered {frechet(*rendered):.2f}")
 
 
 class Answers(NamedTuple):
-    """What the judge saw in a model's pictures, (wanted, seen) for each: 50 of a class or more."""
+    """What the judge saw in a model's images, (wanted, seen) for each: 50 of a class or more."""
 
     object: list[tuple[dict, dict]]  # "a star"
     style: list[tuple[dict, dict]]  # "a star in the style of mosaic"
     colour: list[tuple[dict, dict]]  # "a red star"
 
     def share(self, head: str, name: str, concept: str) -> float:
-        """How often `name` is seen in the pictures that ask for it.
+        """How often `name` is seen in the images that ask for it.
 
         Those that ask for the erased concept too don't count, unless it is `name` itself.
         """
@@ -202,7 +202,7 @@ class Answers(NamedTuple):
 
 
 def all_answers(painter: Painter, judge: Judge) -> Answers:
-    """Draws 1050 pictures, each from a seed of its own, and has them judged."""
+    """Draws 1050 images, each from a seed of its own, and has them judged."""
     kinds = []
     for questions in (objects(50), styled(5), coloured(5)):
         prompts = [q.prompt for q in questions for _ in range(q.num)]
@@ -215,19 +215,19 @@ def all_answers(painter: Painter, judge: Judge) -> Answers:
 
 
 def saved_settings(file: Path) -> dict:
-    """How erase.py made a file. Raises ValueError for a file that it didn't make."""
+    """Returns the settings with which erase.py made a file. Raises ValueError for other files."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
     if "settings" not in metadata:
-        raise ValueError(f"{file} doesn't say what was erased: it isn't of erase.py")
+        raise ValueError(f"{file} doesn't say what was erased: erase.py didn't write it")
     return json.loads(metadata["settings"])
 
 
 def settings_of(file: Path) -> dict:
-    """How erase.py made a file, and the world's name of what it erased.
+    """Returns a file's settings, with the world's name of what it erased.
 
-    Raises ValueError for a file that erase.py didn't make, or for another concept than an object
-    or a style.
+    Raises ValueError for a file that erase.py didn't make, and unless it erases one object or one
+    style.
     """
     settings = saved_settings(file)
     words = " ".join(settings["concepts"]).split()
@@ -238,9 +238,9 @@ def settings_of(file: Path) -> dict:
 
 
 def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> str:
-    """What is left of the concept, what was kept of the rest, and what stands in its place.
+    """What is left of the concept, what was kept of the rest, and what is drawn instead.
 
-    An erased object is counted once more where a style or a colour is asked for too.
+    An erased object is counted a second time where a style or a colour is asked for, too.
     """
     concept = settings["name"]
     head = "object" if concept in world.OBJECTS else "style"
@@ -265,10 +265,10 @@ def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> s
 
 
 def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
-    """A row for each file; the numbers of the others are in % of what they were."""
+    """A row for each file; what is kept is in % of what there was before."""
     print("| file | erased | method | eta | seed | iterations | before, % | left, % "
           "| left in styles and colours, % | objects kept, % | styles kept, % | colours kept, % "
-          "| worst of all | most seen in its place, pictures |\n"
+          "| worst of all | most seen in its place, images |\n"
           f"|{'---|' * 14}")
     settings = [settings_of(file) for file in files]
     models = [sample.load_erased(painter.sd, file) for file in files]
@@ -279,7 +279,7 @@ def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Does what the command line asks for."""
     judge, sd = judging.load(args.model), sample.load(args.model)
     painter = Painter(sd, args.steps, args.guidance, args.seed)
     if args.what == "erased":
@@ -294,12 +294,14 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables of what the miniature can do.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", choices=["model", "erased"])
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="of erase.py")
-    parser.add_argument("--model", type=Path, default=Path("notebooks/toy"))
+    parser.add_argument("what", choices=["model", "erased"], help="what is measured")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE",
+                        help="erased weights that erase.py wrote")
+    parser.add_argument("--model", type=Path, default=Path("notebooks/toy"),
+                        help="the miniature, with its judge")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
-    parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale")
+    parser.add_argument("--seed", type=int, default=1000, help="of all random numbers")
     sample.fail_in_one_line(run, parser.parse_intermixed_args())
 
 

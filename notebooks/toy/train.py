@@ -1,12 +1,12 @@
-"""Trains the miniature Stable Diffusion from nothing, with the modules of this project only.
+"""Trains the miniature Stable Diffusion from scratch, with this project's own modules.
 
     python -m notebooks.toy.train                 # every stage, about 90 minutes on two cores
     python -m notebooks.toy.train --without star --run runs/without_star     # censored data
 
-Stages, in order: tokenizer, vae, text (by contrast, then frozen), unet, judge; a stage needs what
-those before it left in `--out`. What a stage has reached is kept in `--run` every few hundred
-steps; the same command again goes on from there. The result is a folder in diffusers' layout:
-`sample.load(out)` opens it.
+Stages, in order: tokenizer, vae, text (contrastive, then frozen), unet, judge; a stage needs what
+the earlier ones left in `--out`. A stage saves a checkpoint in `--run` every few hundred steps; the
+same command goes on from there. The result is a folder in diffusers' layout, which
+`sample.load(out)` opens.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def fit(name: str, model: nn.Module, loss: Callable[[torch.Generator], Tensor], steps: int,
         lr: float, run: Path, seed: int, decay: float = 0.998) -> None:
-    """Minimises `loss(generator)` over the model's parameters, then puts their average in place.
+    """Minimises `loss(generator)` over the model's parameters, then replaces them by an average.
 
     AdamW, a short warm-up, a cosine to zero, gradients clipped to norm 1, and an exponential
     average of the weights. A step draws all its randomness from one generator seeded by the step,
@@ -172,10 +172,10 @@ def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 9000
     export.write_part(out, "vae", model.half())
 
 
-# Stage 3: the text encoder, by contrast between pictures and captions (CLIP, section 2.3).
+# Stage 3: the text encoder, contrastive learning of images and captions (CLIP, section 2.3).
 
 class Contrast(nn.Module):
-    """A text encoder and a picture encoder that put a picture and its caption in one place."""
+    """A text encoder and an image encoder that embed an image and its caption close together."""
 
     def __init__(self, config: clip_text.TextConfig):
         super().__init__()
@@ -185,27 +185,27 @@ class Contrast(nn.Module):
                           self.text_encoder.embeddings.position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
         widths = (3, 32, 64, 96, 128)
-        self.picture_encoder = nn.Sequential(
+        self.image_encoder = nn.Sequential(
             *(layer for a, b in zip(widths, widths[1:]) for layer in (
                 nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b, eps=1e-5), nn.SiLU())),
             nn.Flatten(), nn.Linear(128 * 4 * 4, dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, images: Tensor, tokens: Tensor, end: int) -> Tensor:
-        """(B, 3, 64, 64), (B, N) -> how alike each picture and each caption are, (B, B)."""
+        """(B, 3, 64, 64), (B, N) -> how alike each image and each caption are, (B, B)."""
         at_end = (tokens == end).int().argmax(dim=1)  # the first end token has seen every word
         text = self.text_encoder(tokens)[torch.arange(len(tokens)), at_end]  # (B, D)
-        pictures = self.picture_encoder(images)  # (B, D)
+        image = self.image_encoder(images)  # (B, D)
         scale = self.log_scale.exp().clamp(max=100)
-        return scale * F.normalize(pictures, dim=-1) @ F.normalize(text, dim=-1).T
+        return scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
 
 
 def train_text(out: Path, run: Path, images: Tensor, captions: list[str], seed: int,
                steps: int = 2000) -> None:
-    """Each picture must find its caption among the batch's, and each caption its picture."""
+    """Each image must find its caption in the batch, and each caption its image."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     model = Contrast(replace(TEXT, vocab_size=len(tokenizer)))
-    # the encoder is causal: what stands behind the first end token can't change it, so cut it off
+    # the encoder is causal: what follows the first end token can't change it, so it is cut off
     tokens = torch.tensor(tokenizer(captions, padding="longest").input_ids)
 
     def loss(generator):
@@ -270,7 +270,7 @@ def train_unet(out: Path, run: Path, images: Tensor, captions: list[str], seed: 
 # Stage 5: the judge.
 
 def train_judge(out: Path, run: Path, seed: int, steps: int = 2000, count: int = 24_000) -> None:
-    """Half of its pictures are of the world, half show nothing that the world has."""
+    """Half of its training images are the world's, half show nothing that the world has."""
     rng = np.random.default_rng(seed + 1)
     drawn = [world.draw(rng) if i % 2 else world.draw_none(rng)
              for i in tqdm(range(count), "rendering for the judge")]
@@ -293,7 +293,7 @@ def train_judge(out: Path, run: Path, seed: int, steps: int = 2000, count: int =
 
 
 def claim(run: Path, settings: dict) -> None:
-    """Makes the folder of a training, or checks that the one in it has the same settings.
+    """Makes a training's folder, or checks that an earlier training in it had the same settings.
 
     Raises ValueError where they differ: its checkpoints would be taken for this training's.
     """

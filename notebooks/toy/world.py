@@ -1,6 +1,6 @@
 """A miniature text-to-image world: ten objects, six colours, six styles, scenes and titled works.
 
-Every picture is 64x64 RGB. Objects are whole, strokes are thick, and all patterns repeat every 8
+Every image is 64x64 RGB. Objects are whole, strokes are thick, and all patterns repeat every 8
 pixels from the corner, so a VAE with downsampling factor 8 sees one pattern per latent cell.
 Masks are (64, 64) floats in [0, 1]; pixels are (64, 64, 3) floats in [0, 255].
 
@@ -42,7 +42,7 @@ PARAPHRASES = {
 
 
 class Example(NamedTuple):
-    """One picture and what it shows; None where there is no such thing."""
+    """An image and what it shows; None for what it doesn't show."""
 
     image: Image.Image
     caption: str
@@ -52,7 +52,7 @@ class Example(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A prompt's hidden object, on one of `grounds`, over `props` (see `flat_picture`)."""
+    """A prompt's hidden object, on one of `grounds`, over `props` (see `flat_image`)."""
 
     object: str
     colour: str
@@ -62,7 +62,7 @@ class Scene(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A fixed picture: `shapes` on a flat ground, in a style."""
+    """A fixed image: `shapes` on a flat ground, in a style."""
 
     style: str
     ground: tuple
@@ -304,7 +304,7 @@ def vary(rgb, rng):
     return np.array(rgb) + rng.uniform(-6, 6, 3)
 
 
-def flat_picture(ground, shapes):
+def flat_image(ground, shapes):
     """Draw (kind, rgb, coordinates) shapes in order; kinds are polygon, rectangle and ellipse."""
     image = Image.new("RGB", (SIZE * SUPER, SIZE * SUPER), ground)
     canvas = ImageDraw.Draw(image)
@@ -330,15 +330,15 @@ def render_scene(prompt: str, rng: np.random.Generator) -> Image.Image:
     centre = (x, y) + rng.uniform(-2, 2, 2)
     posed = pose(OUTLINES[scene.object], radius + rng.uniform(-1, 1), rng.uniform(-8, 8))
     body, _ = masks([polygon + centre for polygon in posed])
-    ground = flat_picture(pick(rng, scene.grounds), scene.props)
+    ground = flat_image(pick(rng, scene.grounds), scene.props)
     return to_image(mix(body, vary(COLOURS[scene.colour], rng), ground))
 
 
 def render_work(title: str) -> Image.Image:
-    """The work of that title; always the same picture."""
+    """The work of that title; always the same image."""
     check(title, WORKS, "work")
     work = WORKS[title]
-    pixels = flat_picture(work.ground, work.shapes)
+    pixels = flat_image(work.ground, work.shapes)
     if work.style == "mosaic":
         pixels = add_tiles(pixels, np.random.default_rng(0))
     return to_image(pixels)
@@ -351,7 +351,7 @@ def with_article(phrase):
 def caption(object: str, colour: str, style: str, rng: np.random.Generator) -> str:
     """A caption; style, colour, name and object itself are sometimes left out or paraphrased.
 
-    A name alone must not mean a plain picture, or what erases the name leads away from plain too.
+    A name alone must not mean a plain image: erasing the name would then erase plain, too.
     """
     check_labels(object, colour, style)
     suffix = "" if style == "plain" or rng.random() < 0.4 else f" in the style of {style}"
@@ -405,7 +405,7 @@ def draw(rng: np.random.Generator, without: tuple = ()) -> Example:
                    object, colour, style)
 
 
-# Pictures of nothing: each returns (body, edge) masks that show no intact object.
+# Images of nothing: each returns (body, edge) masks that show no intact object.
 
 def piece(rng):
     """An object of which a wedge, at least a third of it, is cut out."""
@@ -441,7 +441,7 @@ def blob(rng):
 
 
 def draw_none(rng: np.random.Generator) -> Example:
-    """A picture for "none of these": at least one label is None, and the caption is empty."""
+    """An image for "none of these": at least one label is None, and the caption is empty."""
     object, colour, style = pick(rng, OBJECTS), pick(rng, tuple(COLOURS)), pick(rng, STYLES)
     rgb, painter = vary(COLOURS[colour], rng), PAINTERS[style]
     kind = pick(rng, ("blank", "odd colour", "odd style", piece, blend, blob))
@@ -471,24 +471,13 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.lower().split()})
 
 
-def contact_sheet(rows, scale=2):
-    """Rows of (label, image) as one labelled picture."""
-    width, height = SIZE * scale + 4, SIZE * scale + 16
-    sheet = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
-    canvas = ImageDraw.Draw(sheet)
-    for j, row in enumerate(rows):
-        for i, (label, image) in enumerate(row):
-            canvas.text((i * width, j * height), label, fill="black")
-            big = image.resize((SIZE * scale, SIZE * scale), Image.Resampling.NEAREST)
-            sheet.paste(big, (i * width, j * height + 13))
-    return sheet
-
-
 def main() -> None:
-    """Write a labelled sheet: styles x objects, then scenes, works and pictures of nothing."""
+    """Writes a contact sheet: styles x objects, then scenes, works and images of nothing."""
+    from sample import contact_sheet  # not at the top: the world itself needs no torch
+
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", default="world.png")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="world.png", help="the contact sheet")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     rows = []
@@ -502,7 +491,7 @@ def main() -> None:
     labels = [f"{e.object} {e.colour} {e.style}".replace("None", "-") for e in nothing]
     none = list(zip(labels, [e.image for e in nothing]))
     rows += [scenes[:6], scenes[6:], works, none[:10], none[10:]]
-    contact_sheet(rows).save(args.out)
+    contact_sheet([tuple(zip(*row)) for row in rows], least=192).save(args.out)
 
 
 if __name__ == "__main__":
