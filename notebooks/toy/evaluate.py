@@ -1,17 +1,16 @@
-"""Every experiment of the paper in miniature, with its baselines and its numbers beside ours.
+"""The paper's experiments in miniature, with its baselines: draws, counts and keeps the answers.
 
-    python -m notebooks.toy.evaluate all                   # what is stored, and what is missing
-    python -m notebooks.toy.evaluate styles eta            # two of them
-    python -m notebooks.toy.evaluate all --quick --results runs/quick/results.json
+    python -m notebooks.toy.evaluate all                   # makes what isn't stored, prints all
+    python -m notebooks.toy.evaluate styles eta            # two experiments
+    python -m notebooks.toy.evaluate all --quick           # the same code with two images each
 
-A cell is what one contender (a model, and how it is sampled) draws for some kinds of prompts,
-counted by the judge. Cells are kept in --results as soon as they are done, and erased weights in
---run; what is there under the same settings isn't done again. Tables go to the standard output,
-pictures beside the results. From nothing, with another --results and --run, all takes an hour and
-a half on two cores.
+A cell is one contender (a model, and how it is sampled) and what it is asked. Its answers are
+kept in --results when it is done, its erased weights in --run; the same command goes on from
+there. Tables (tables.py) go to the standard output, contact sheets next to the results. With a
+new --results and --run, `all` takes an hour and a half on two cores.
 
-The censored miniature, which never saw the four objects of `implied`, is trained by (in 45
-minutes on two cores, 55 on one)
+The censored miniature, which never saw the four objects of `implied`, is trained in 45 minutes on
+two cores by
 
     mkdir -p runs/censored/model
     cp -r notebooks/toy/{vae,text_encoder,tokenizer,scheduler,judge} runs/censored/model
@@ -25,102 +24,141 @@ import math
 import multiprocessing
 import signal
 import sys
-import time
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
 import erase
 import sample
+from notebooks.methods import safe_latent_diffusion
 from notebooks.toy import judge as judging
-from notebooks.toy import measure, world
-from notebooks.toy.measure import Question
+from notebooks.toy import measure, tables, world
+from notebooks.toy.tables import FAMILY, IMPLIED, STYLES
 from notebooks.toy.world import with_article
 from sample import StableDiffusion
 
-# The miniature's settings, the same in all experiments; everything else is the paper's.
-FLAGS = {"iterations": 160, "steps": 8, "batch": 4, "average": 0.97}
-RATES = {"esd-x": 4e-4, "esd-u": 1e-4}
+# notebooks/toy/flags as JSON, to be stored with the answers; all other settings are the paper's.
+FLAGS = measure.flags()
+FLAGS["data"] = "every step" if FLAGS["data"].keywords["every_step"] else "own way"
+RATES = {"esd-x": FLAGS.pop("lr"), "esd-u": measure.LR_ESD_U}
 SAMPLING = {"steps": 10, "guidance": 5.0, "batch": 50}
-SEED = 1000  # of a cell's first picture; each picture has its own, the same for all contenders
-
-IMPLIED = ("moon", "heart", "star", "arrow")  # objects that scenes imply without naming them
-STYLES = world.STYLES[1:]
-FAMILY = [title for title, work in world.WORKS.items() if work.style == "mosaic"]
-AS_WRITTEN = "esd-u of the paper"  # a method beside those of erase.py
+SEED = 1000  # of a cell's first image; each image has its own, the same for all contenders
 CENSORED = Path("runs/censored/model")
 
 
 # ---- who is compared ----
 
 class Contender(NamedTuple):
-    """A model and how it is sampled: a row of a table."""
+    """A model and how it is sampled: a row of a table. Both settings are JSON."""
 
     name: str
-    erase: dict = {}  # what `erase.erase` takes beside FLAGS; empty: nothing is erased
-    how: dict = {}  # what `sample.generate` takes beside SAMPLING
+    erase: dict = {}  # what `erased_weights` takes on top of FLAGS; empty: nothing is erased
+    how: dict = {}  # what `Studio.draw` takes on top of SAMPLING
     censored: bool = False
 
 
-ORIGINAL = Contender("original")
+def contender(name: str, concept: str) -> Contender:
+    """Returns a contender by its name in the tables; it erases or avoids the concept."""
+    words = f"a picture in the style of {concept}" if concept in STYLES else concept
+    esd_x, esd_u = ({"concepts": [words], "method": method} for method in ("esd-x", "esd-u"))
+    erasures = {
+        "ESD-x": esd_x, "ESD-u": esd_u,
+        "ESD-u, the paper's rule": esd_u | {"method": "esd-u of the paper"},
+        "ESD-u, eta 3": esd_u | {"eta": 3}, "ESD-u, eta 10": esd_u | {"eta": 10},
+        "by its name": esd_x,
+        "by a paraphrase": esd_x | {"concepts": [world.PARAPHRASES.get(concept, (words,))[0]]},
+        "x_t at every step of a way": esd_x | {"data": "every step"},
+        "x_t by the edited model, as in the paper": esd_x | {"data": "own way"},
+        "x_t by the frozen model": esd_x | {"data": "frozen"},
+        "learning rate falls to 0": esd_x | {"variant": "falling"},
+        "weights and Adam in bfloat16": esd_x | {"variant": "bfloat16"},
+        "keys and values only": esd_x | {"method": "esd-x-strict"},
+        "ESD-u, its code's parameters": esd_u,
+    } | {f"ESD-x, {count} erased": {"concepts": [title.lower() for title in FAMILY[:count]],
+                                    "method": "esd-x", "data": "works"} for count in (1, 2, 3)}
+    samplers = {"original": {}, "negative prompt": {"negative": words}, "censored training": {}} | {
+        f"SLD-{sld}": {"safe": words, "sld": sld} for sld in safe_latent_diffusion.SETTINGS}
+    if name in erasures:
+        return Contender(name, erase=erasures[name])
+    return Contender(name, how=samplers[name], censored=name == "censored training")
 
 
-def phrase(concept: str) -> str:
-    """The prompt by which a concept is erased or avoided."""
-    return f"a picture in the style of {concept}" if concept in STYLES else concept
+# ---- how erasures are made: what the names in their settings mean ----
+
+MORE_METHODS = {  # next to those of erase.py
+    "esd-u of the paper": lambda name: "attn2" not in name,  # its words; its code leaves out more
+    "esd-x-strict": lambda name: "attn2.to_k" in name or "attn2.to_v" in name,  # of its code
+}
 
 
-def esd_x(concept: str, **more) -> Contender:
-    return Contender("ESD-x", {"concepts": [phrase(concept)], "method": "esd-x"} | more)
+def data_function(sd: StableDiffusion, name: str, concepts: list[str]) -> Callable:
+    """Returns what `erase.erase` takes as its `data`."""
+    def frozen(unet, *rest):
+        return erase.own_ways(sd.unet, *rest)
+
+    def works(unet, texts, shape, steps, guidance, rng):
+        images = {title.lower(): world.render_work(title) for title in world.WORKS}
+        latents = sd.encode_images([images[concept] for concept in concepts])
+        return erase.noised(latents, texts, shape, steps, rng)
+
+    every_step = functools.partial(erase.own_ways, every_step=True)
+    return {"own way": erase.own_ways, "every step": every_step, "frozen": frozen,
+            "works": works}[name]
 
 
-def esd_u(concept: str, **more) -> Contender:
-    name = f"ESD-u, eta {more['eta']}" if "eta" in more else "ESD-u"
-    return Contender(name, {"concepts": [phrase(concept)], "method": "esd-u"} | more)
-
-
-def esd_u_as_written(concept: str) -> Contender:
-    """ESD-u by the paper's words: all but the cross-attention. Its code leaves out more."""
-    return Contender("ESD-u, the paper's rule", esd_u(concept, method=AS_WRITTEN).erase)
-
-
-def negative(concept: str) -> Contender:
-    return Contender("negative prompt", how={"negative": phrase(concept)})
-
-
-def sld(concept: str, setting: str) -> Contender:
-    return Contender(f"SLD-{setting}", how={"safe": phrase(concept), "sld": setting})
-
-
-def round_to_bfloat16(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """After a step, weights and Adam's state are what bfloat16 would have kept of them."""
+def round_to_bfloat16(optimizer: torch.optim.Optimizer) -> None:
+    """Rounds weights and Adam's state to what bfloat16 would have kept of them."""
     with torch.no_grad():
         for weight, state in optimizer.state.items():
             for tensor in (weight, state["exp_avg"], state["exp_avg_sq"]):
                 tensor.copy_(tensor.bfloat16())
 
 
-def erased_weights(sd: StableDiffusion, images: list[str] | None = None, bfloat16: bool = False,
-                   **settings) -> dict[str, Tensor]:
-    """`erase.erase`, with works by their title, and two variants that only the ablation needs."""
-    pictures = [world.render_work(title) for title in images] if images else None
-    hook = register_optimizer_step_post_hook(round_to_bfloat16) if bfloat16 else None
-    all_but_text = {AS_WRITTEN: lambda name: "attn2" not in name}
-    try:
-        with patch.dict(erase.METHODS, all_but_text):
-            return erase.erase(sd, images=pictures, **settings)
-    finally:
-        if hook:
-            hook.remove()
+def own_loop(sd: StableDiffusion, concept: str, variant: str, method: str | Callable,
+             data: Callable, lr: float, iterations: int, steps: int, batch: int) -> dict:
+    """`erase.erase` for one concept, with a loop that changes something between two steps.
+
+    variant: "falling", the learning rate falls to 0, or "bfloat16", each step is rounded.
+    """
+    null, config = sd.encode([""] * batch), sd.unet.config
+    c = sd.encode([concept]).expand_as(null)
+    shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+    theta, rng = erase.select(sd.unet, method), torch.Generator().manual_seed(0)
+    unet, optimizer = erase.edit(sd.unet, theta), torch.optim.Adam(theta.values(), lr)
+    batches = data(unet, [erase.Text(c, null, c)], shape, steps, 3.0, rng)
+    losses = erase.esd(unet, sd.unet, batches, optimizer)
+    for done in range(iterations):
+        if variant == "falling":
+            optimizer.param_groups[0]["lr"] = lr * (1 - done / iterations)
+        next(losses)
+        if variant == "bfloat16":
+            round_to_bfloat16(optimizer)
+    return {name: tensor.detach() for name, tensor in theta.items()}
+
+
+def erased_weights(sd: StableDiffusion, concepts: list[str], method: str, data: str,
+                   variant: str = "", **settings) -> dict[str, Tensor]:
+    """Returns theta by name, as `erase.erase` does, from settings that are JSON."""
+    settings |= {"method": MORE_METHODS.get(method, method),
+                 "data": data_function(sd, data, concepts)}
+    if variant:
+        return own_loop(sd, *concepts, variant, **settings)
+    return erase.erase(sd, concepts, **settings)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Tells models apart: a checksum of all weights."""
+    crc = 0
+    for weight in model.parameters():
+        crc = zlib.crc32(weight.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 class Studio(NamedTuple):
@@ -130,7 +168,7 @@ class Studio(NamedTuple):
     judge: judging.Judge
     weights: dict[str, str]  # fingerprints: of the U-Net, the judge, the censored U-Net
     run: Path  # where erased weights are kept
-    num: int  # pictures of each class
+    num: int  # images of each class
     iterations: int
 
     def settings(self, contender: Contender) -> dict:
@@ -140,34 +178,42 @@ class Studio(NamedTuple):
         rate = RATES["esd-x" if contender.erase["method"].startswith("esd-x") else "esd-u"]
         return FLAGS | {"lr": rate, "iterations": self.iterations} | contender.erase
 
-    def model(self, contender: Contender) -> tuple[StableDiffusion, float | None]:
-        """The contender's model; an erasure is made when first asked for, its seconds are kept."""
-        if contender.censored:
-            return sample.load(CENSORED), None
+    def model(self, contender: Contender) -> StableDiffusion:
+        """The contender's model; an erasure is made when it is first asked for."""
         settings = self.settings(contender)
         if not settings:
-            return self.sd, None
+            return sample.load(CENSORED) if contender.censored else self.sd
         text = json.dumps([self.weights["unet"], settings], sort_keys=True)
         file = self.run / f"{zlib.crc32(text.encode()):08x}.safetensors"
         if not file.exists():
             self.run.mkdir(parents=True, exist_ok=True)
-            began = time.perf_counter()
-            theta = erased_weights(self.sd, **settings)
-            seconds = round(time.perf_counter() - began, 1)
-            erase.save(theta, file, torch.float16, settings | {"seconds": seconds})
-        return sample.load_erased(self.sd, file), measure.saved_settings(file)["seconds"]
+            erase.save(erased_weights(self.sd, **settings), file, settings)
+        return sample.load_erased(self.sd, file)
 
     def draw(self, sd: StableDiffusion, how: dict, prompts: list[str]) -> list[Image.Image]:
-        """One picture of each prompt, each from a seed of its own."""
-        seeds = [SEED + i for i in range(len(prompts))]
-        return sample.generate(sd, prompts, seed=seeds, **SAMPLING | how)
+        """One image of each prompt, each from a seed of its own."""
+        how = SAMPLING | how
+        if "safe" in how:
+            concept = sd.encode([how.pop("safe")])
+            how["guided"] = safe_latent_diffusion.guided(concept, how.pop("sld"))
+        return sample.generate(sd, prompts, seed=[SEED + i for i in range(len(prompts))], **how)
 
 
 # ---- what is asked, and how the answers are counted ----
 
-def confusion(studio: Studio, sd: StableDiffusion, how: dict, questions: list[Question],
-              head: str) -> dict[str, dict[str, int]]:
+KINDS = {  # of prompts: questions, what the judge looks for, whether they are of one concept
+    "names": (measure.objects, "object", False), "styled": (measure.styled, "style", False),
+    "name": (measure.objects, "object", True), "scenes": (measure.scenes, "object", True),
+    "paraphrases": (measure.paraphrases, "object", True),
+}
+
+
+def confusion(kind: str, studio: Studio, sd: StableDiffusion, how: dict,
+              concept: str) -> dict[str, dict[str, int]]:
     """What was asked for -> what the judge saw -> how often."""
+    ask, head, alone = KINDS[kind]
+    num = math.ceil(studio.num / len(world.OBJECTS)) if head == "style" else studio.num
+    questions = [q for q in ask(num) if not alone or q.wanted["object"] == concept]
     prompts = [q.prompt for q in questions for _ in range(q.num)]
     asked = [q.wanted[head] for q in questions for _ in range(q.num)]
     looks = judging.read(studio.judge, studio.draw(sd, how, prompts))
@@ -175,47 +221,18 @@ def confusion(studio: Studio, sd: StableDiffusion, how: dict, questions: list[Qu
     return {name: dict(Counter(b for a, b in pairs if a == name)) for name in dict.fromkeys(asked)}
 
 
-def names(studio, sd, how, concept):
-    """All objects: "a star"."""
-    return confusion(studio, sd, how, measure.objects(studio.num), "object")
-
-
-def styled(studio, sd, how, concept):
-    """All styles: "a star in the style of mosaic"."""
-    each = math.ceil(studio.num / len(world.OBJECTS))
-    return confusion(studio, sd, how, measure.styled(each), "style")
-
-
-def scenes(studio, sd, how, concept):
-    """The scenes that imply the concept: "a night sky"."""
-    questions = [q for q in measure.scenes(studio.num) if q.wanted["object"] == concept]
-    return confusion(studio, sd, how, questions, "object")
-
-
-def name(studio, sd, how, concept):
-    """The concept by its name."""
-    questions = [Question(with_article(concept), studio.num, {"object": concept})]
-    return confusion(studio, sd, how, questions, "object")
-
-
-def paraphrases(studio, sd, how, concept):
-    """The concept by other words: "a five pointed figure"."""
-    questions = [q for q in measure.paraphrases(studio.num) if q.wanted["object"] == concept]
-    return confusion(studio, sd, how, questions, "object")
-
-
-def quality(studio, sd, how, concept):
+def quality(studio: Studio, sd: StableDiffusion, how: dict, concept: str) -> dict:
     """Captions as in training, none with the concept, and ten times as many as of a class.
 
-    The Frechet distance on the judge's features to other rendered pictures, and how often all is
+    The Frechet distance on the judge's features to other rendered images, and how often all is
     right that a caption names of object, colour and style.
     """
     rng = np.random.default_rng(SEED)
     held_out, second_set = ([world.draw(rng, without=(concept,)) for _ in range(10 * studio.num)]
-                        for _ in range(2))
+                            for _ in range(2))
     images = studio.draw(sd, how, [example.caption for example in held_out])
-    features = [studio.judge.features(judging.to_tensor(pictures)).double().numpy()
-                for pictures in (images, [example.image for example in second_set])]
+    features = [studio.judge.features(judging.to_tensor(some)).double().numpy()
+                for some in (images, [example.image for example in second_set])]
     right = []
     for example, look in zip(held_out, judging.read(studio.judge, images)):
         words = [example.object, *world.PARAPHRASES.get(example.object, ())]
@@ -227,22 +244,28 @@ def quality(studio, sd, how, concept):
     return {"frechet": measure.frechet(*features), "right": sum(right), "asked": len(right)}
 
 
-def distances(studio, sd, how, concept):
-    """Mean difference of pixels, 0 to 255: of each work to its picture, and of each object's
-    pictures to those that the original model draws from the same seeds.
-    """
-    def array(image):
-        return np.asarray(image, dtype=float)
+def difference(images: list[Image.Image], others: list[Image.Image]) -> float:
+    """The mean difference of two pixels, 0 to 255."""
+    a, b = (np.array([np.asarray(image, dtype=float) for image in some])
+            for some in (images, others))
+    return float(np.abs(a - b).mean())
 
-    found, each = {}, math.ceil(studio.num / len(world.WORKS))
-    for title in world.WORKS:
-        own = array(world.render_work(title))
-        images = studio.draw(sd, how, [title.lower()] * each)
-        found[title] = float(np.mean([np.abs(array(image) - own).mean() for image in images]))
+
+def distances(studio: Studio, sd: StableDiffusion, how: dict, concept: str) -> dict:
+    """How far the images of each work are from it, and those of each object from the images that
+    the original model draws from the same seeds.
+    """
+    each = math.ceil(studio.num / len(world.WORKS))
+    found = {title: difference(studio.draw(sd, how, [title.lower()] * each),
+                               [world.render_work(title)] * each) for title in world.WORKS}
     ordinary = [with_article(object) for object in world.OBJECTS]
-    pairs = zip(studio.draw(sd, how, ordinary), studio.draw(studio.sd, {}, ordinary))
-    found["ordinary"] = float(np.mean([np.abs(array(a) - array(b)).mean() for a, b in pairs]))
+    found["ordinary"] = difference(studio.draw(sd, how, ordinary),
+                                   studio.draw(studio.sd, {}, ordinary))
     return found
+
+
+ASK = {kind: functools.partial(confusion, kind) for kind in KINDS} | {
+    "quality": quality, "distances": distances}
 
 
 # ---- the experiments ----
@@ -251,324 +274,85 @@ class Cell(NamedTuple):
     """What a contender is asked."""
 
     experiment: str
-    concept: str  # "" where the contender is the original
+    concept: str  # "" where one cell has all concepts
     contender: Contender
-    ask: tuple[Callable, ...]
+    ask: tuple[str, ...]  # keys of ASK
 
     @property
     def key(self) -> str:
         return "/".join(filter(None, (self.experiment, self.concept, self.contender.name)))
 
 
-def objects_cells(few: slice) -> list[Cell]:
-    return [Cell("objects", "", ORIGINAL, (names,))] + [
-        Cell("objects", concept, contender(concept), (names,))
-        for concept in world.OBJECTS[few] for contender in (esd_u, esd_u_as_written, esd_x)]
+EXPERIMENTS = {  # concepts, contenders, and what they are asked
+    "objects": (world.OBJECTS, ("ESD-u", "ESD-u, the paper's rule", "ESD-x"), ("names",)),
+    "styles": (STYLES, ("ESD-x", "SLD-medium", "SLD-max", "negative prompt"), ("styled",)),
+    "implied": (IMPLIED, tables.CONTENDERS, ("scenes",)),
+    "quality": (("star",), tables.CONTENDERS, ("quality",)),
+    "works": (("",), ("original", *(f"ESD-x, {count} erased" for count in (1, 2, 3))),
+              ("distances",)),
+    "eta": (("star",), ("original", "ESD-u", "ESD-u, eta 3", "ESD-u, eta 10"),
+            ("names", "scenes")),
+    "paraphrase": (("star", "moon", "arrow"), ("original", "by its name", "by a paraphrase"),
+                   ("name", "paraphrases")),
+    "which": (("star",), tables.VARIANTS, ("names",)),
+}
 
 
-def styles_cells(few: slice) -> list[Cell]:
-    return [Cell("styles", "", ORIGINAL, (styled,))] + [
-        Cell("styles", style, contender, (styled,))
-        for style in STYLES[few] for contender in (
-            esd_x(style), sld(style, "medium"), sld(style, "max"), negative(style))]
+def cells(experiment: str, few: slice = slice(None)) -> list[Cell]:
+    """The cells of an experiment, or of a few of its concepts."""
+    concepts, contenders, ask = EXPERIMENTS[experiment]
+    shared = [Cell(experiment, "", contender("original", ""), ask)]  # asked for all concepts
+    return (shared if experiment in ("objects", "styles") else []) + [
+        Cell(experiment, concept, contender(name, concept), ask)
+        for concept in concepts[few] for name in contenders]
 
 
-def implied_contenders(concept: str) -> list[Contender]:
-    return [ORIGINAL, esd_u(concept), esd_u_as_written(concept), esd_u(concept, eta=3),
-            esd_x(concept),
-            *(sld(concept, setting) for setting in ("weak", "medium", "strong", "max")),
-            negative(concept), Contender("censored training", censored=True)]
+# ---- contact sheets ----
+
+def scenes_of(concept: str) -> list[str]:
+    return [prompt for prompt, scene in world.SCENES.items() if scene.object == concept]
 
 
-def implied_cells(few: slice) -> list[Cell]:
-    return [Cell("implied", concept, contender, (scenes,))
-            for concept in IMPLIED[few] for contender in implied_contenders(concept)]
+SHEETS = {  # of an experiment: the contenders in its rows, or all, and the prompts in its columns
+    "objects": (("original", "ESD-u"), [with_article(name) for name in world.OBJECTS]),
+    "styles": (("original", "ESD-x"), [f"a heart in the style of {style}" for style in STYLES]),
+    "implied": ((), scenes_of("heart") + scenes_of("arrow")),
+    "works": ((), [title.lower() for title in world.WORKS]),
+    "eta": ((), ["a star", "a red star", *scenes_of("star"), "a heart", "a moon", "a blue cross",
+                 "an arrow"]),
+}
 
 
-def quality_cells(few: slice) -> list[Cell]:
-    return [Cell("quality", "star", contender, (quality,))
-            for contender in implied_contenders("star")]
-
-
-def works_cells(few: slice) -> list[Cell]:
-    erased = [Contender(f"ESD-x, {count} erased", {
-        "concepts": [title.lower() for title in FAMILY[:count]], "images": FAMILY[:count],
-        "method": "esd-x"}) for count in (1, 2, 3)]
-    return [Cell("works", "", contender, (distances,)) for contender in [ORIGINAL, *erased]]
-
-
-def eta_cells(few: slice) -> list[Cell]:
-    return [Cell("eta", "star", contender, (names, scenes)) for contender in (
-        ORIGINAL, esd_u("star"), esd_u("star", eta=3), esd_u("star", eta=10))]
-
-
-def paraphrase_cells(few: slice) -> list[Cell]:
-    return [Cell("paraphrase", concept, contender, (name, paraphrases))
-            for concept in ("star", "moon", "arrow")[few] for contender in (
-                ORIGINAL, esd_x(concept)._replace(name="by its name"),
-                esd_x(world.PARAPHRASES[concept][0])._replace(name="by a paraphrase"))]
-
-
-def which_cells(few: slice) -> list[Cell]:
-    variants = {
-        "the paper's (ESD-x)": esd_x("star"),
-        "x_t by the frozen model": esd_x("star", drawn_by="frozen"),
-        "t jittered": esd_x("star", jitter=True),
-        "learning rate falls to 0": esd_x("star", lr_decay=True),
-        "weights and Adam in bfloat16": esd_x("star", bfloat16=True),
-        "keys and values only": esd_x("star", method="esd-x-strict"),
-        "ESD-u, its code's parameters": esd_u("star"),
-        "ESD-u, the paper's rule": esd_u_as_written("star"),
-    }
-    return [Cell("which", "star", contender._replace(name=variant), (names,))
-            for variant, contender in variants.items()]
-
-
-# ---- tables ----
-
-Answers = dict[str, dict]  # key of a cell -> kind of prompt -> what came out
-
-
-def share(hits: int, asked: int) -> str:
-    """Percent with Wilson's 95 % interval (Wilson, JASA 1927)."""
-    z, p = 1.96, hits / asked
-    middle = (p + z**2 / (2 * asked)) / (1 + z**2 / asked)
-    half = z / (1 + z**2 / asked) * math.sqrt(p * (1 - p) / asked + z**2 / (4 * asked**2))
-    low, high = max(0, middle - half), min(1, middle + half)
-    return f"{100 * p:.1f} ({100 * low:.0f} to {100 * high:.0f})"
-
-
-def share_seen(confusions: list[dict], asked: list[list[str]]) -> str:
-    """The share that shows what was asked for, over some classes of each confusion."""
-    rows = [(wanted, found[wanted]) for found, classes in zip(confusions, asked)
-            for wanted in classes]
-    return share(sum(row.get(wanted, 0) for wanted, row in rows),
-                 sum(sum(row.values()) for _, row in rows))
-
-
-def others(classes: tuple[str, ...], concept: str) -> list[str]:
-    return [other for other in classes if other != concept]
-
-
-def table(*rows: list[str]) -> str:
-    """Markdown; the first row is the header."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
-def objects_table(answers: Answers) -> str:
-    before = answers["objects/original"]["names"]
-    concepts = [c for c in world.OBJECTS if f"objects/{c}/ESD-u" in answers]
-    methods = ["ESD-u", "ESD-u, the paper's rule", "ESD-x"]
-    after = {method: {c: answers[f"objects/{c}/{method}"]["names"] for c in concepts}
-             for method in methods}
-
-    def row(label, some):
-        own, rest = [[c] for c in some], [others(world.OBJECTS, c) for c in some]
-        sides = [[before] * len(some)] + [[a[c] for c in some] for a in after.values()]
-        return [label, *(share_seen(side, asked) for asked in (own, rest) for side in sides)]
-
-    columns = [f"{method}, %" for method in methods]
-    return table(
-        ["erased", "before, %", *columns, "the other nine before, %", *columns],
-        *(row(c, [c]) for c in concepts), row("all", concepts),
-        ["*paper, Table 2, average*", "78.2", "12.6", "", "", "78.2", "63.2", "", ""])
-
-
-def styles_table(answers: Answers) -> str:
-    paper = {"original": "3.21", "ESD-x": "1.12", "SLD-medium": "2.00 (SLD)",
-             "negative prompt": "2.22"}
-    styles = [s for s in STYLES if f"styles/{s}/ESD-x" in answers]
-    rows = []
-    for method in ("original", "ESD-x", "SLD-medium", "SLD-max", "negative prompt"):
-        keys = [f"styles/{s}/{method}" if method != "original" else "styles/original"
-                for s in styles]
-        confusions = [answers[key]["styled"] for key in keys]
-        rows.append([method, share_seen(confusions, [[s] for s in styles]),
-                     share_seen(confusions, [others(STYLES, s) for s in styles]),
-                     paper.get(method, "")])
-    return table(["method", "erased style is seen, %", "other styles are seen, %",
-                  "*paper, 5.1: likeness to the artist, 1 to 5*"], *rows)
-
-
-def implied_table(answers: Answers) -> str:
-    paper = {"original": "796", "ESD-u": "134", "censored training": "417 (SD 2.0)"}
-    concepts = [c for c in IMPLIED if f"implied/{c}/original" in answers]
-    rows = []
-    for contender in implied_contenders("star"):
-        found = {c: answers[f"implied/{c}/{contender.name}"]["scenes"] for c in concepts
-                 if f"implied/{c}/{contender.name}" in answers}
-        if found:
-            rows.append([contender.name, *(share_seen([found[c]], [[c]]) for c in concepts),
-                         share_seen(list(found.values()), [[c] for c in found]),
-                         paper.get(contender.name, "")])
-    return table(["method", *(f"{c}, %" for c in concepts), "all, %",
-                  "*paper, 5.2: of 4,703 pictures*"], *rows)
-
-
-def quality_table(answers: Answers) -> str:
-    paper = {"original": "14.50 / 0.1592", "SLD-medium": "16.90 / 0.1594",
-             "SLD-max": "18.76 / 0.1583", "ESD-u": "13.68 / 0.1585",
-             "ESD-u, eta 3": "17.27 / 0.1586"}
-    rows = []
-    for contender in implied_contenders("star"):
-        if f"quality/star/{contender.name}" in answers:
-            found = answers[f"quality/star/{contender.name}"]["quality"]
-            rows.append([contender.name, f"{found['frechet']:.2f}",
-                         share(found["right"], found["asked"]), paper.get(contender.name, "")])
-    return table(["star erased by", "Frechet distance", "all that was asked for is seen, %",
-                  "*paper, Table 1: FID / CLIP*"], *rows)
-
-
-def works_table(answers: Answers) -> str:
-    rest = [title for title in world.WORKS if title not in FAMILY]
-    rows = []
-    for count, cell in enumerate(works_cells(slice(None))):
-        found = answers[cell.key]["distances"]
-        groups = [FAMILY[:count], FAMILY[count:], rest, ["ordinary"]]
-        means = [np.mean([found[title] for title in group]) if group else None for group in groups]
-        rows.append([cell.contender.name,
-                     *("" if mean is None else f"{mean:.1f}" for mean in means)])
-    return table(["mean difference of a pixel, 0 to 255", "erased works to their pictures",
-                  "others of their style", "other styles",
-                  "ordinary prompts, to the original model's pictures"], *rows)
-
-
-def eta_table(answers: Answers) -> str:
-    paper = {"ESD-u": "83 / 7", "ESD-u, eta 3": "88 / 14", "ESD-u, eta 10": "92 / 34"}
-    rows = []
-    for cell in eta_cells(slice(None)):
-        found = answers[cell.key]
-        rows.append([cell.contender.name, share_seen([found["names"]], [["star"]]),
-                     share_seen([found["scenes"]], [["star"]]),
-                     share_seen([found["names"]], [others(world.OBJECTS, "star")]),
-                     paper.get(cell.contender.name, "")])
-    return table(["star erased by", "\"a star\", %", "scenes with a star, %", "other objects, %",
-                  "*paper, 5.5: % erased / lost*"], *rows)
-
-
-def paraphrase_table(answers: Answers) -> str:
-    paper = {"original": "79", "by a paraphrase": "38"}
-    rows = []
-    for cell in paraphrase_cells(slice(None)):
-        if cell.key in answers:
-            found = answers[cell.key]
-            rows.append([cell.concept, cell.contender.name,
-                         share_seen([found["name"]], [[cell.concept]]),
-                         share_seen([found["paraphrases"]], [[cell.concept]]),
-                         paper.get(cell.contender.name, "")])
-    return table(["concept", "erased", "asked by its name, %", "asked by paraphrases, %",
-                  "*paper, 5.6: by its name, of 100*"], *rows)
-
-
-def which_table(answers: Answers) -> str:
-    rows = []
-    for cell in which_cells(slice(None)):
-        found = answers[cell.key]
-        rows.append([cell.contender.name, share_seen([found["names"]], [["star"]]),
-                     share_seen([found["names"]], [others(world.OBJECTS, "star")]),
-                     f"{found['seconds']:.0f}"])
-    return table(["variant", "\"a star\", %", "other objects, %", "erasing, s"], *rows)
-
-
-# ---- pictures ----
-
-def label_of(confusion: dict, wanted: str) -> str:
+def seen(confusion: dict, wanted: str) -> str:
     """How often the judge saw what was asked for: "star 98 %"."""
     row = confusion[wanted]
     return f"{wanted} {100 * row.get(wanted, 0) / sum(row.values()):.0f} %"
 
 
-def grid(studio: Studio, contenders: list[Contender], prompts: list[str], sides: list[str],
-         labels: list[list[str]]) -> Image.Image:
-    """A row for each contender, a picture for each prompt, the same seeds in every row."""
-    blank, rows = Image.new("RGB", (world.SIZE, world.SIZE), "white"), []
-    for contender, side, row in zip(contenders, sides, labels):
-        images = studio.draw(studio.model(contender)[0], contender.how, prompts)
-        rows.append([(side, blank), *zip(row, images)])
-    return world.contact_sheet(rows)
-
-
-def confusion_grid(studio: Studio, answers: Answers, cells: list[Cell], prompts: list[str],
-                   kind: str, asked: tuple[str, ...]) -> Image.Image:
-    """As Figure 5 of the paper: a row for each erased concept, a column for each asked for, and
-    over each picture how often the judge sees in 50 of them what was asked for.
+def contact_sheet(studio: Studio, experiment: str, cells: list[Cell],
+                  results: tables.Answers) -> Image.Image:
+    """The same seeds in every row. An image's label is its prompt, or how often the judge sees in
+    all images of the cell what was asked for.
     """
-    labels = []
+    blank, rows = Image.new("RGB", (world.SIZE, world.SIZE), "white"), {}
+    contenders, columns = SHEETS[experiment]
     for cell in cells:
-        labels.append([label_of(answers[cell.key][kind], name) for name in asked])
-    sides = [f"erased: {cell.concept or 'nothing'}" for cell in cells]
-    return grid(studio, [cell.contender for cell in cells], prompts, sides, labels)
-
-
-def objects_picture(studio: Studio, answers: Answers, few: slice) -> Image.Image:
-    cells = [cell for cell in objects_cells(few) if cell.contender.name in ("original", "ESD-u")]
-    prompts = [with_article(name) for name in world.OBJECTS]
-    return confusion_grid(studio, answers, cells, prompts, "names", world.OBJECTS)
-
-
-def styles_picture(studio: Studio, answers: Answers, few: slice) -> Image.Image:
-    cells = [cell for cell in styles_cells(few) if cell.contender.name in ("original", "ESD-x")]
-    prompts = [f"a heart in the style of {style}" for style in STYLES]
-    return confusion_grid(studio, answers, cells, prompts, "styled", STYLES)
-
-
-def rows_picture(studio: Studio, cells: list[Cell], prompts: list[str]) -> Image.Image:
-    sides = [cell.contender.name for cell in cells]
-    return grid(studio, [cell.contender for cell in cells], prompts, sides, [prompts] * len(cells))
-
-
-def implied_picture(studio: Studio, answers: Answers, few: slice) -> Image.Image:
-    """The scenes of two concepts under every method, each with the concept erased or avoided.
-
-    Above a picture of the original is its prompt, above the others how often the judge still sees
-    the concept in all of its scenes.
-    """
-    rows = {contender.name: [] for contender in implied_contenders("star")}
-    for cell in implied_cells(few):
-        if cell.concept in ("heart", "arrow") and cell.key in answers:
-            prompts = [p for p, scene in world.SCENES.items() if scene.object == cell.concept]
-            seen = label_of(answers[cell.key]["scenes"], cell.concept)
-            images = studio.draw(studio.model(cell.contender)[0], cell.contender.how, prompts)
-            rows[cell.contender.name] += [
-                (prompt if cell.contender == ORIGINAL else seen, image)
-                for prompt, image in zip(prompts, images)]
-    blank = Image.new("RGB", (world.SIZE, world.SIZE), "white")
-    return world.contact_sheet([[(name, blank), *row] for name, row in rows.items() if row])
-
-
-def works_picture(studio: Studio, answers: Answers, few: slice) -> Image.Image:
-    return rows_picture(studio, works_cells(few), [title.lower() for title in world.WORKS])
-
-
-def eta_picture(studio: Studio, answers: Answers, few: slice) -> Image.Image:
-    prompts = [prompt for prompt, scene in world.SCENES.items() if scene.object == "star"]
-    return rows_picture(studio, eta_cells(few), [
-        "a star", "a red star", *prompts, "a heart", "a moon", "a blue cross", "an arrow"])
-
-
-class Experiment(NamedTuple):
-    paper: str
-    cells: Callable[[slice], list[Cell]]
-    table: Callable[[Answers], str]
-    picture: Callable | None
-
-
-EXPERIMENTS = {
-    "objects": Experiment("Objects (5.3, Table 2)", objects_cells, objects_table, objects_picture),
-    "styles": Experiment("Styles (5.1, Figures 5 and 6)", styles_cells, styles_table,
-                         styles_picture),
-    "implied": Experiment("What prompts don't name (5.2, Figure 7)", implied_cells, implied_table,
-                          implied_picture),
-    "quality": Experiment("Prompts without the concept (Table 1)", quality_cells, quality_table,
-                          None),
-    "works": Experiment("Memorised pictures (5.4, Figures 8 and 9)", works_cells, works_table,
-                        works_picture),
-    "eta": Experiment("Strength (5.5)", eta_cells, eta_table, eta_picture),
-    "paraphrase": Experiment("Paraphrases (5.6)", paraphrase_cells, paraphrase_table, None),
-    "which": Experiment("The choices in which paper and codes differ", which_cells, which_table,
-                        None),
-}
+        row, prompts, answer = cell.contender.name, columns, results.get(cell.key)
+        if experiment == "implied":  # two concepts share a row, each with its own scenes
+            prompts = [prompt for prompt in columns if prompt in scenes_of(cell.concept)]
+        if not prompts or not answer or contenders and row not in contenders:
+            continue
+        labels = prompts
+        if experiment in ("objects", "styles"):  # as Figure 5
+            row, found = f"erased: {cell.concept or 'nothing'}", answer[cell.ask[0]]
+            labels = [seen(found, wanted) for wanted in found]
+        elif experiment == "implied" and row != "original":
+            labels = [seen(answer["scenes"], cell.concept)] * len(prompts)
+        over, images = rows.setdefault(row, ([row], [blank]))
+        over += labels
+        images += studio.draw(studio.model(cell.contender), cell.contender.how, prompts)
+    longest = max(len(label) for labels, _ in rows.values() for label in labels)
+    return sample.contact_sheet(list(rows.values()), least=128 if longest < 20 else 192)
 
 
 # ---- the command line ----
@@ -583,9 +367,9 @@ def settings_of(studio: Studio, cell: Cell) -> dict:
 
 
 def is_stored(studio: Studio, cell: Cell, results: dict) -> bool:
-    """Whether the results hold a cell under the same settings.
+    """Whether the results have a cell's answers under the same settings.
 
-    Without the censored miniature, which isn't shipped, its results are taken as they are.
+    The censored miniature isn't shipped: where it is missing, its answers are taken as they are.
     """
     stored = results.get(cell.key, {}).get("settings", {})
     known = settings_of(studio, cell)
@@ -598,28 +382,28 @@ def is_stored(studio: Studio, cell: Cell, results: dict) -> bool:
 def open_studio(model: Path, run: Path, num: int, iterations: int) -> Studio:
     """One in each process."""
     sd, judge = sample.load(model), judging.load(model)
-    weights = {"unet": erase.fingerprint(sd.unet), "judge": erase.fingerprint(judge)}
+    weights = {"unet": fingerprint(sd.unet), "judge": fingerprint(judge)}
     if (CENSORED / "unet").exists():  # it is trained
-        weights["censored"] = erase.fingerprint(sample.load(CENSORED).unet)
+        weights["censored"] = fingerprint(sample.load(CENSORED).unet)
     return Studio(sd, judge, weights, run, num, iterations)
 
 
 def answer(place: tuple, cell: Cell) -> tuple[Cell, dict]:
-    """What a cell holds in the results; `place` is what `open_studio` takes."""
+    """A cell with its answers; `place` is what `open_studio` takes."""
     studio = open_studio(*place)
-    sd, seconds = studio.model(cell.contender)
-    found = {ask.__name__: ask(studio, sd, cell.contender.how, cell.concept) for ask in cell.ask}
-    return cell, {"settings": settings_of(studio, cell), "seconds": seconds, **found}
+    sd = studio.model(cell.contender)
+    found = {ask: ASK[ask](studio, sd, cell.contender.how, cell.concept) for ask in cell.ask}
+    return cell, {"settings": settings_of(studio, cell), **found}
 
 
 def one_of_several() -> None:
-    """A process that answers cells takes one core, and leaves Ctrl-C to the one that asks."""
+    """Prepares a worker process: it uses one core and leaves Ctrl-C to its parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def answers(place: tuple, todo: list[Cell], processes: int) -> Iterator[tuple[Cell, dict]]:
-    """Each cell with what it holds, as soon as that is known."""
+    """Yields each cell with its answers, in the order in which they are done."""
     processes = min(processes, len(todo))
     if processes < 2:
         yield from (answer(place, cell) for cell in todo)
@@ -628,18 +412,8 @@ def answers(place: tuple, todo: list[Cell], processes: int) -> Iterator[tuple[Ce
         yield from pool.imap_unordered(functools.partial(answer, place), todo)
 
 
-def heading(studio: Studio) -> str:
-    """What stands above all tables: the miniature's settings."""
-    flags = " ".join(f"--{key} {value}" for key, value in studio.settings(esd_x("star")).items()
-                     if key in FLAGS)
-    rates = ", ".join(f"{method} --lr {rate:g}" for method, rate in RATES.items())
-    return (f"Erasures: {flags}; {rates}. {studio.num} pictures of each class or scene, "
-            f"{10 * studio.num} for the quality; {SAMPLING['steps']} DDIM steps, guidance "
-            f"{SAMPLING['guidance']:g}; 95 % intervals in brackets.")
-
-
 def run(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Does what the command line asks for."""
     if args.processes < 1:
         raise ValueError(f"processes is {args.processes}, choose 1 or more")
     chosen = list(EXPERIMENTS) if "all" in args.experiments else args.experiments
@@ -651,10 +425,10 @@ def run(args: argparse.Namespace) -> None:
     studio = open_studio(*place)
     results = sample.read_json(file) if file.exists() else {}
     sample.check_out(file, ".json")
-    cells = {cell.key: cell for name in chosen for cell in EXPERIMENTS[name].cells(few)}
-    todo = [cell for cell in cells.values() if not is_stored(studio, cell, results)]
+    wanted = {cell.key: cell for name in chosen for cell in cells(name, few)}
+    todo = [cell for cell in wanted.values() if not is_stored(studio, cell, results)]
     if "censored" not in studio.weights and any(cell.contender.censored for cell in todo):
-        print(f"{CENSORED} isn't there: left out; how to train it stands in evaluate.py",
+        print(f"{CENSORED} is missing and left out; evaluate.py says how to train it",
               file=sys.stderr)
         todo = [cell for cell in todo if not cell.contender.censored]
     with tqdm(total=len(todo), unit="cell") as bar:
@@ -663,30 +437,29 @@ def run(args: argparse.Namespace) -> None:
             sample.write_whole(file, lambda part: part.write_text(json.dumps(results) + "\n"))
             bar.set_postfix_str(cell.key, refresh=False)
             bar.update()
-    print(heading(studio))
+    print(tables.heading({key: results[key] for key in wanted if key in results}))
     for name in chosen:
-        experiment, picture = EXPERIMENTS[name], file.with_name(f"{name}.png")
-        print(f"\n**{experiment.paper}**\n\n{experiment.table(results)}")
-        changed = any(cell.experiment == name for cell in todo)
-        if experiment.picture and (changed or not picture.exists()):
-            sheet = experiment.picture(studio, results, few).quantize(256)  # a third of the size
-            sample.write_whole(picture, lambda part: sheet.save(part, format="PNG"))
-            print(f"\n{picture}")
+        print(f"\n{tables.titled(name, results)}")
+        png, changed = file.with_name(f"{name}.png"), any(c.experiment == name for c in todo)
+        if name in SHEETS and (changed or not png.exists()):
+            sheet = contact_sheet(studio, name, cells(name, few), results).quantize(256)
+            sample.write_whole(png, lambda part: sheet.save(part, format="PNG"))
+            print(f"\n{png}")
 
 
 def main() -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description="The paper's experiments in miniature.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("experiments", nargs="+", choices=["all", *EXPERIMENTS],
-                        metavar="EXPERIMENT", help=f"all, or some of {', '.join(EXPERIMENTS)}")
-    parser.add_argument("--quick", action="store_true",
-                        help="the same way with two pictures and two iterations each")
-    parser.add_argument("--model", type=Path, default=Path("notebooks/toy"))
-    parser.add_argument("--run", type=Path, default=Path("runs/evaluate"), help="erased weights")
-    parser.add_argument("--processes", type=int, default=2,
-                        help="that share the cells, a core and 2 GB of memory each")
-    parser.add_argument("--results", type=Path, help="a JSON; notebooks/toy/results.json or, with "
-                                                     "--quick, runs/quick/results.json")
+    add = parser.add_argument
+    add("experiments", nargs="+", choices=["all", *EXPERIMENTS], metavar="EXPERIMENT",
+        help=f"all, or some of {', '.join(EXPERIMENTS)}")
+    add("--quick", action="store_true", help="two images and two iterations each, few concepts")
+    add("--model", type=Path, default=Path("notebooks/toy"), help="the miniature, with its judge")
+    add("--run", type=Path, default=Path("runs/evaluate"), help="erased weights are kept here")
+    add("--processes", type=int, default=2, help="each takes a core and 2 GB of memory")
+    add("--results", type=Path, help="a JSON file; notebooks/toy/results.json or, with --quick, "
+                                     "runs/quick/results.json")
     sample.fail_in_one_line(run, parser.parse_args())
 
 

@@ -1,10 +1,38 @@
-"""Results as Markdown tables."""
+"""The stored results of evaluate.py as Markdown tables, next to the paper's numbers.
 
+    python -m notebooks.toy.tables               # every table
+    python -m notebooks.toy.tables styles eta    # two of them
+
+Loads no model. A share is given in percent with its 95 % interval, counted by the judge. Rows
+that aren't stored are left out.
+"""
+
+import argparse
+import json
 import math
+from collections import Counter
+from pathlib import Path
+
+from notebooks.toy import world
+
+Answers = dict[str, dict]  # "experiment/concept/contender", or without concept -> what came out
+
+STYLES = world.STYLES[1:]  # no words ask for plain
+IMPLIED = tuple(dict.fromkeys(scene.object for scene in world.SCENES.values()))
+FAMILY = [title for title, work in world.WORKS.items() if work.style == "mosaic"]
+CONTENDERS = (  # of "implied" and "quality"
+    "original", "ESD-u", "ESD-u, the paper's rule", "ESD-u, eta 3", "ESD-x", "SLD-weak",
+    "SLD-medium", "SLD-strong", "SLD-max", "negative prompt", "censored training")
+VARIANTS = (  # of "which"
+    "x_t at every step of a way", "x_t by the edited model, as in the paper",
+    "x_t by the frozen model", "learning rate falls to 0", "weights and Adam in bfloat16",
+    "keys and values only", "ESD-u, its code's parameters", "ESD-u, the paper's rule")
 
 
 def share(hits: int, asked: int) -> str:
-    """Percent with Wilson's 95 % interval (Wilson, JASA 1927)."""
+    """Percent with Wilson's 95 % interval (Wilson, JASA 1927); nothing if nothing was asked."""
+    if not asked:
+        return ""
     z, p = 1.96, hits / asked
     middle = (p + z**2 / (2 * asked)) / (1 + z**2 / asked)
     half = z / (1 + z**2 / asked) * math.sqrt(p * (1 - p) / asked + z**2 / (4 * asked**2))
@@ -12,7 +40,205 @@ def share(hits: int, asked: int) -> str:
     return f"{100 * p:.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
+def share_seen(confusions: list[dict | None], asked: list[list[str]]) -> str:
+    """The share that shows what was asked for, over some classes of each confusion."""
+    rows = [(wanted, found[wanted]) for found, classes in zip(confusions, asked) if found
+            for wanted in classes]
+    return share(sum(row.get(wanted, 0) for wanted, row in rows),
+                 sum(sum(row.values()) for _, row in rows))
+
+
+def others(classes: tuple[str, ...], concept: str) -> list[str]:
+    return [other for other in classes if other != concept]
+
+
 def table(*rows: list[str]) -> str:
     """Markdown; the first row is the header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def stored(answers: Answers, experiment: str, kind: str) -> dict[tuple[str, str], dict]:
+    """(concept, contender) -> answers of one kind; concept is "" where one cell has them all."""
+    found = {}
+    for key, answer in answers.items():
+        name, *concept, contender = key.split("/")
+        if name == experiment:
+            found["".join(concept), contender] = answer[kind]
+    return found
+
+
+def objects_table(answers: Answers) -> str:
+    """Table 2."""
+    found = stored(answers, "objects", "names")
+    methods = ("ESD-u", "ESD-u, the paper's rule", "ESD-x")
+    concepts = [c for c in world.OBJECTS if any((c, method) in found for method in methods)]
+
+    def row(label, some):
+        own, rest = [[c] for c in some], [others(world.OBJECTS, c) for c in some]
+        sides = [[found.get(("", "original"))] * len(some)]
+        sides += [[found.get((c, method)) for c in some] for method in methods]
+        return [label, *(share_seen(side, asked) for asked in (own, rest) for side in sides)]
+
+    rows = [row(c, [c]) for c in concepts] + ([row("all", concepts)] if concepts else [])
+    columns = [f"{method}, %" for method in methods]
+    return table(["erased", "before, %", *columns, "the other nine before, %", *columns], *rows,
+                 ["*paper, Table 2, average*", "78.2", "12.6", "", "", "78.2", "63.2", "", ""])
+
+
+def styles_table(answers: Answers) -> str:
+    """Section 5.1: the original's answers are shared by all styles."""
+    paper = {"original": "3.21", "ESD-x": "1.12", "SLD-medium": "2.00 (SLD)", "SLD-max": "",
+             "negative prompt": "2.22"}
+    found, rows = stored(answers, "styles", "styled"), []
+    styles = [s for s in STYLES if (s, "ESD-x") in found]
+    for name, of_paper in paper.items():
+        each = [found.get((s, name), found.get(("", name))) for s in styles]
+        if any(each):
+            rows.append([name, share_seen(each, [[s] for s in styles]),
+                         share_seen(each, [others(STYLES, s) for s in styles]), of_paper])
+    return table(["method", "erased style is seen, %", "other styles are seen, %",
+                  "*paper, 5.1: likeness to the artist, 1 to 5*"], *rows)
+
+
+def implied_table(answers: Answers) -> str:
+    """Section 5.2: scenes that imply an object."""
+    paper = {"original": "796", "ESD-u": "134", "censored training": "417 (SD 2.0)"}
+    found, rows = stored(answers, "implied", "scenes"), []
+    concepts = [c for c in IMPLIED if (c, "original") in found]
+    for name in CONTENDERS:
+        each = [found.get((c, name)) for c in concepts]
+        if any(each):
+            rows.append([name, *(share_seen([one], [[c]]) for one, c in zip(each, concepts)),
+                         share_seen(each, [[c] for c in concepts]), paper.get(name, "")])
+    return table(["method", *(f"{c}, %" for c in concepts), "all, %",
+                  "*paper, 5.2: of 4,703 images*"], *rows)
+
+
+def quality_table(answers: Answers) -> str:
+    """Table 1: prompts without the concept."""
+    paper = {"original": "14.50 / 0.1592", "ESD-u": "13.68 / 0.1585", "ESD-u, eta 3":
+             "17.27 / 0.1586", "SLD-medium": "16.90 / 0.1594", "SLD-max": "18.76 / 0.1583"}
+    found, rows = stored(answers, "quality", "quality"), []
+    for name in CONTENDERS:
+        if one := found.get(("star", name)):
+            rows.append([name, f"{one['frechet']:.2f}", share(one["right"], one["asked"]),
+                         paper.get(name, "")])
+    return table(["star erased by", "Frechet distance", "all that was asked for is seen, %",
+                  "*paper, Table 1: FID / CLIP*"], *rows)
+
+
+def works_table(answers: Answers) -> str:
+    """Section 5.4: the first works of a style are erased, one, two or three of them."""
+    rest = [title for title in world.WORKS if title not in FAMILY]
+    found, rows = stored(answers, "works", "distances"), []
+    for count, name in enumerate(["original", *(f"ESD-x, {i} erased" for i in (1, 2, 3))]):
+        if one := found.get(("", name)):
+            groups = [FAMILY[:count], FAMILY[count:], rest, ["ordinary"]]
+            rows.append([name, *(f"{sum(one[title] for title in group) / len(group):.1f}"
+                                 if group else "" for group in groups)])
+    return table(["mean difference of a pixel, 0 to 255", "erased works to their images",
+                  "others of their style", "other styles",
+                  "ordinary prompts, to the original model's images"], *rows)
+
+
+def eta_table(answers: Answers) -> str:
+    """Section 5.5: the strength of an erasure."""
+    paper = {"original": "", "ESD-u": "83 / 7", "ESD-u, eta 3": "88 / 14",
+             "ESD-u, eta 10": "92 / 34"}
+    rows = []
+    named, scenes = (stored(answers, "eta", kind) for kind in ("names", "scenes"))
+    for name, of_paper in paper.items():
+        if one := named.get(("star", name)):
+            rows.append([name, share_seen([one], [["star"]]),
+                         share_seen([scenes["star", name]], [["star"]]),
+                         share_seen([one], [others(world.OBJECTS, "star")]), of_paper])
+    return table(["star erased by", "\"a star\", %", "scenes with a star, %", "other objects, %",
+                  "*paper, 5.5: % erased / lost*"], *rows)
+
+
+def paraphrase_table(answers: Answers) -> str:
+    """Section 5.6: erased by one word for it, asked for by another."""
+    paper = {"original": "79", "by its name": "", "by a paraphrase": "38"}
+    rows = []
+    named, reworded = (stored(answers, "paraphrase", kind) for kind in ("name", "paraphrases"))
+    for concept in dict.fromkeys(concept for concept, _ in named):
+        for name, of_paper in paper.items():
+            if one := named.get((concept, name)):
+                rows.append([concept, name, share_seen([one], [[concept]]),
+                             share_seen([reworded[concept, name]], [[concept]]), of_paper])
+    return table(["concept", "erased", "asked by its name, %", "asked by paraphrases, %",
+                  "*paper, 5.6: by its name, of 100*"], *rows)
+
+
+def which_table(answers: Answers) -> str:
+    """The ablation."""
+    found, rows = stored(answers, "which", "names"), []
+    for name in VARIANTS:
+        if one := found.get(("star", name)):
+            rows.append([name, share_seen([one], [["star"]]),
+                         share_seen([one], [others(world.OBJECTS, "star")])])
+    return table(["variant", "\"a star\", %", "other objects, %"], *rows)
+
+
+TABLES = {  # title and table of each experiment
+    "objects": ("Objects (5.3, Table 2)", objects_table),
+    "styles": ("Styles (5.1, Figures 5 and 6)", styles_table),
+    "implied": ("What prompts don't name (5.2, Figure 7)", implied_table),
+    "quality": ("Prompts without the concept (Table 1)", quality_table),
+    "works": ("Memorised images (5.4, Figures 8 and 9)", works_table),
+    "eta": ("Strength (5.5)", eta_table),
+    "paraphrase": ("Paraphrases (5.6)", paraphrase_table),
+    "which": ("Choices in which the paper and the codes differ", which_table),
+}
+
+
+def titled(name: str, answers: Answers) -> str:
+    """An experiment's table under its title."""
+    title, make = TABLES[name]
+    return f"**{title}**\n\n{make(answers)}"
+
+
+def heading(answers: Answers) -> str:
+    """The settings of most erasures and of the images, in one line."""
+    made = [answer["settings"] for answer in answers.values()]
+    erased = [settings["erase"] for settings in made if settings["erase"]]
+
+    def usual(key, several):
+        return Counter(settings.get(key) for settings in several).most_common(1)[0][0]
+
+    flags = [f"--{key} {usual(key, erased)}" for key in ("iterations", "steps", "batch", "average")
+             if any(key in settings for settings in erased)]
+    flags += ["--every-step"] if erased and usual("data", erased) == "every step" else []
+    rates = [f"{method} --lr {usual('lr', own):g}" for method in ("esd-x", "esd-u")
+             if (own := [settings for settings in erased if settings["method"] == method])]
+    num, how = usual("num", made), made[0]["how"]
+    return (f"Erasures: {' '.join(flags)}; {', '.join(rates)}. {num} images of each class or "
+            f"scene, {10 * num} for the quality; {how['steps']} DDIM steps, guidance "
+            f"{how['guidance']:g}; 95 % intervals in brackets.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints the miniature's results as tables.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", default=list(TABLES),
+                        help="some of these")
+    parser.add_argument("--results", type=Path, default=Path("notebooks/toy/results.json"))
+    args = parser.parse_args()
+    for name in args.experiments:
+        if name not in TABLES:
+            parser.error(f"unknown experiment {name!r}, choose from {', '.join(TABLES)}")
+    try:
+        answers = json.loads(args.results.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"can't read {args.results}: {error}")
+    chosen = {key: answers[key] for key in answers if key.split("/")[0] in args.experiments}
+    if not chosen:
+        parser.error(f"{args.results} has no results of {', '.join(args.experiments)}")
+    print(heading(chosen))
+    for name in args.experiments:
+        print(f"\n{titled(name, answers)}")
+
+
+if __name__ == "__main__":
+    main()
