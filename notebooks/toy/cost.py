@@ -1,6 +1,6 @@
 """What an erasure costs in U-Net calls, and what they buy, for each way of drawing x_t.
 
-    OMP_NUM_THREADS=1 python -m notebooks.toy.cost      # prints what is stored, makes what is missing
+    OMP_NUM_THREADS=1 python -m notebooks.toy.cost    # prints what is stored, makes what is missing
 
 Three objects and three seeds, all with the paper's batch of 1 and with the number of gradient
 steps and the learning rate of notebooks/toy/flags. Results are kept in notebooks/toy/cost.json,
