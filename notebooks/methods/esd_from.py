@@ -1,6 +1,6 @@
 """Erases a concept from a wider one and leaves the rest of the wider one: "hat" from "cowboy".
 
-    python erase.py "hat" --anchor "cowboy" --loss notebooks.methods.esd_from:loss --out hat.safetensors
+    python erase.py "hat" --anchor "cowboy" --loss notebooks.methods.esd_from:loss
 
 From the official code since 2025 (--erase_from), not from the paper. Symbols as in erase.py; a is
 the anchor, the wider concept.
