@@ -86,7 +86,7 @@ def denoise(predict: Callable, x_t: Tensor, steps: int) -> Iterator[tuple[int, T
     """Yields (t, x_t), (B, 4, H, W), from noise to image: first (981, noise), last (0, x at 0).
 
     `predict(x_t, t)` returns eps, as the function from `guided` does. Each step is computed only
-    when the next pair is asked for, so a caller that stops at t pays for the steps before t alone.
+    when the next pair is asked for, so a caller that stops at t pays only for the steps so far.
     """
     abar = alphas_cumprod().to(x_t.device)
     for t in timesteps(steps):

@@ -30,7 +30,7 @@ METHODS: dict[str, Callable[[str], bool]] = {  # which parameters are tuned, by 
     "esd-u": lambda name: "attn2" not in name and not name.startswith(  # as in the paper's code
         ("time_embedding.", "conv_norm_out.", "conv_out.")),
 }
-SCALE = 2.0**12  # of the loss, so that float16 gradients don't vanish; Adam's steps stay the same
+SCALE = 2.0**12  # of the loss, for float16's gradients; and of Adam's eps, so steps stay the same
 
 
 class Text(NamedTuple):
@@ -57,13 +57,12 @@ def esd_loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Tex
     return (eps - target).square().mean(dim=(1, 2, 3))
 
 
-@torch.no_grad()
+@torch.no_grad()  # holds while it draws, not while it waits
 def own_ways(unet: Callable, texts: list[Text], shape: tuple, steps: int, guidance: float,
              rng: Generator, every_step: bool = False) -> Iterator[tuple]:
-    """Yields (x_t, t, text) without end: x_t as `unet` itself, the edited model, has denoised it
-    for a random concept, from noise down to a random time t (section 4).
-    every_step: each x_t from noise to image, drawn with theta as it is by then; two U-Net calls
-    for each x_t, instead of two for every step down to t. Not in the paper.
+    """Yields (x_t, t, text) without end: x_t is what `unet` itself, the edited model, has denoised
+    for a random concept, from noise down to a random time t (section 4). With every_step, it is
+    every x_t from noise to image, and theta changes along the way: cheaper, not in the paper.
     """
     times = ddim.timesteps(steps)
     while True:
@@ -77,9 +76,9 @@ def own_ways(unet: Callable, texts: list[Text], shape: tuple, steps: int, guidan
 
 
 def noised(images: Tensor, texts: list, shape: tuple, steps: int, rng: Generator) -> Iterator:
-    """For memorised images (section 5.4): the concept's own of `images`, (C, 4, H, W), as x_t."""
+    """For memorised images (section 5.4): x_t is images[i], noised, with texts[i]; (C, 4, H, W)."""
     while True:
-        i = torch.randint(len(texts), (1,), generator=rng)
+        i = torch.randint(len(texts), (1,), generator=rng).item()
         t = ddim.timesteps(steps)[torch.randint(steps, (1,), generator=rng)]
         noise = torch.randn(shape, generator=rng).to(images.device)
         x_t = ddim.add_noise(images[i].expand(shape), noise, ddim.alphas_cumprod()[t])
@@ -102,7 +101,7 @@ def edit(frozen: nn.Module, theta: dict[str, Tensor]) -> Callable:
 
 def esd(unet: Callable, frozen: Callable, data: Iterator[tuple], optimizer: torch.optim.Optimizer,
         loss_fn: Callable = esd_loss, eta: float = 1.0) -> Iterator[float]:
-    """Takes one gradient step for each loss that is asked for, without end."""
+    """Takes one gradient step for each loss that is asked for, as long as data lasts."""
     for x_t, t, text in data:
         loss = loss_fn(unet, frozen, x_t, t, text, eta).mean()
         if not loss.isfinite():
@@ -118,17 +117,17 @@ def erase(sd: sample.StableDiffusion, concepts: list[str] | dict[str, str], meth
           data: Callable = own_ways, guidance: float = 3.0, steps: int = 50, batch: int = 1,
           seed: int = 0, checkpoint: Path | None = None) -> dict[str, Tensor]:
     """Runs ESD, by default with the paper's values; returns theta by name. `sd` isn't changed.
-    concepts: prompts, or {prompt: anchor}; each x_t is for a random one. data: as `own_ways`.
+    concepts: prompts, or {prompt: anchor}; each x_t is for a random one. data: called as own_ways.
     checkpoint: a file that keeps the run; the same call goes on from it, to the same bits.
     """
     if iterations < 0 or batch < 1:
         raise ValueError(f"iterations is {iterations}, batch {batch}: choose 0 and 1 or more")
     concepts = [concepts] if isinstance(concepts, str) else concepts
     anchors = [*(concepts.values() if isinstance(concepts, dict) else concepts)]
-    null, config = sd.encode([""] * batch), sd.unet.config
+    null = sd.encode([""] * batch)
     texts = [Text(c.expand_as(null), null, anchor.expand_as(null))
              for c, anchor in zip(sd.encode([*concepts]), sd.encode(anchors))]
-    shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+    shape = (batch, *sample.starting_noise(sd, 1, seed, None).shape[1:])
     rng, theta, done = Generator().manual_seed(seed), select(sd.unet, method), 0
     unet, optimizer = edit(sd.unet, theta), torch.optim.Adam(theta.values(), lr, eps=SCALE * 1e-8)
     if checkpoint and checkpoint.exists():
@@ -138,9 +137,10 @@ def erase(sd: sample.StableDiffusion, concepts: list[str] | dict[str, str], meth
             tensor.data.copy_(kept[name])
     losses = esd(unet, sd.unet, data(unet, texts, shape, steps, guidance, rng), optimizer,
                  lambda *args: SCALE * loss_fn(*args), eta)
-    for done in (bar := tqdm(range(done + 1, iterations + 1), disable=not checkpoint)):
-        bar.set_postfix(loss=next(losses) / SCALE)
-        if checkpoint and done % steps == 0:  # where a way ends, if every step of it is used
+    bar = tqdm(initial=done, total=iterations, disable=not checkpoint)
+    for done in range(done + 1, iterations + 1):
+        bar.set_postfix(loss=next(losses) / SCALE), bar.update()
+        if checkpoint and done % steps == 0:  # with every_step, only between two ways
             state = theta, rng.get_state(), optimizer.state_dict(), done
             sample.write_whole(checkpoint, lambda part: torch.save(state, part))
     return {name: tensor.detach() for name, tensor in theta.items()}
@@ -165,20 +165,20 @@ def run(args: argparse.Namespace) -> None:
     sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
     data = lambda *how: own_ways(*how, args.every_step)
     if args.image:
-        if len(args.image) != len(args.concepts):
-            raise ValueError(f"{len(args.image)} images for {len(args.concepts)} concepts")
+        if len(args.image) != len({*args.concepts}):
+            raise ValueError(f"{len(args.image)} images for {len({*args.concepts})} concepts")
         images = sd.encode_images([Image.open(file) for file in args.image])
         data = lambda unet, texts, shape, steps, _, rng: noised(images, texts, shape, steps, rng)
     kept = args.out.with_suffix(f".{zlib.crc32(repr(args).encode()):08x}.checkpoint")
     theta = erase(sd, {c: args.anchor or c for c in args.concepts}, args.method, args.eta, args.lr,
                   args.iterations, loss_fn, data, args.guidance, args.steps, args.batch, args.seed,
                   kept)
-    save(theta, args.out, vars(args))
-    kept.unlink(missing_ok=True)
-    models = {"before": sd, "after": sample.load_erased(sd, args.out)}
+    models = {"before": sd, "after": sample.with_tuned(sd, theta)}
     rows = [(f"{text}, {when}", sample.generate(model, [text], 4, args.seed, 25, progress=True))
             for text in args.concepts + args.show for when, model in models.items()]
+    save(theta, args.out, vars(args))
     sample.save_png(sample.contact_sheet(rows), args.out.with_suffix(".png"), vars(args))
+    kept.unlink(missing_ok=True)
     print(f"{sum(part.numel() for part in theta.values()):,} parameters tuned: {args.out}, .png")
 
 

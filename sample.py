@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import warnings
 import zipfile
@@ -109,7 +110,6 @@ def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | 
     size: in pixels, one side or (width, height); None is the size the model was trained on.
     negative: takes the empty prompt's place in the guidance. batch: images made at once.
     guided: another kind of guidance, called once a batch as `ddim.guided` is.
-    Raises ValueError for an impossible num, batch, size or steps.
     """
     if num < 1 or batch < 1:
         raise ValueError(f"num is {num}, batch {batch}: choose 1 or more")
@@ -121,7 +121,7 @@ def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | 
     with tqdm(total=len(noise) * steps, unit="step", disable=not progress) as bar:
         for x_t, c in zip(noise.to(sd.device).split(batch), text.split(batch), strict=True):
             for t, x_t in ddim.denoise(guided(sd.unet, c, null.expand_as(c), guidance), x_t, steps):
-                bar.update(len(x_t) if t else 0)
+                bar.update(len(x_t) if t else 0)  # t = 0 is the image, not a step
             images += sd.decode(x_t)
     return images
 
@@ -137,7 +137,7 @@ def contact_sheet(rows: list[tuple], least: int = 96) -> Image.Image:
         for j, label in enumerate([labels] if isinstance(labels, str) else labels):
             draw.text((gap + j * (side + gap), top + 3), label, fill="black", font=font)
         for j, image in enumerate(images):
-            sheet.paste(image.resize((side, side)), (gap + j * (side + gap), top + line))
+            sheet.paste(ImageOps.pad(image, (side, side)), (gap + j * (side + gap), top + line))
     return sheet
 
 
@@ -283,9 +283,8 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
 
 
 def with_tuned(sd: StableDiffusion, tuned: dict, path: str = "theta") -> StableDiffusion:
-    """The model with some of the U-Net's tensors replaced; it shares all others with `sd`.
-
-    Raises ValueError where tuned is empty, or has a name or a shape that the U-Net doesn't have.
+    """The model with some of the U-Net's tensors replaced; it shares all others with `sd`. Raises
+    ValueError where tuned is empty, or has a name or a shape that the U-Net doesn't have.
     """
     tuned = {name: tensor.detach().to(sd.device, sd.dtype) for name, tensor in tuned.items()}
     with torch.device("meta"):
@@ -328,9 +327,10 @@ def save_png(image: Image.Image, path: Path, settings: dict) -> None:
 
 
 def check_out(path: Path, suffix: str, new: bool = False) -> None:
-    """Makes the folder for a file to come. Raises ValueError where its name doesn't fit."""
-    if path.suffix != suffix or path.is_dir() or new and path.exists():
-        raise ValueError(f"{path} exists, or doesn't end in {suffix}: choose another --out")
+    """Makes a file's folder. With new, neither the file nor the .png next to it may exist."""
+    taken = [file for file in (path, path.with_suffix(".png")) if new and file.exists()]
+    if path.suffix != suffix or path.is_dir() or taken:
+        raise ValueError(f"{[*taken, path][0]} can't be written: choose a new name in {suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -344,8 +344,7 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     check_out(args.out, ".png")
     sd = load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
-    if args.erased:
-        sd = load_erased(sd, args.erased)
+    sd = load_erased(sd, args.erased) if args.erased else sd
     images = generate(sd, args.prompts, args.num, args.seed, args.steps, args.guidance, args.size,
                       args.negative, args.batch, progress=True)
     rows = [(prompt, images[i * args.num:(i + 1) * args.num])
@@ -362,14 +361,15 @@ def fail_in_one_line(run: Callable, args: argparse.Namespace) -> None:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command again goes on", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def parser(description: str, what: str, help: str) -> argparse.ArgumentParser:
-    """The flags that sample.py and erase.py share. @FILE stands for the flags in a file."""
+    """The flags that sample.py and erase.py share. @FILE: more flags, from a file."""
     parser = argparse.ArgumentParser(description=description, fromfile_prefix_chars="@",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.convert_arg_line_to_args = shlex.split
     add = parser.add_argument
     add(f"{what.lower()}s", nargs="+", metavar=what, help=help)
     add("--model", default=DEFAULT_MODEL, help="a diffusers folder, a CompVis file, or a hub name")

@@ -25,7 +25,7 @@ class UNetConfig:
 
     in_channels: int = 4  # of the latents, in and out
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # C of each level, finest first
-    attention: tuple[bool, ...] = (True, True, True, False)  # which levels attend to the text
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
     layers_per_block: int = 2
     cross_attention_dim: int = 768  # D of the text encoder
     heads: int = 8  # at every level, so a head is 40, 80, 160 or 160 wide
@@ -322,7 +322,7 @@ COMPVIS = {
 
 def rename(weights: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """Renames published tensors, in diffusers' or CompVis's format, to this file's names."""
-    per_level = config.layers_per_block + 1  # counts the downsampler, or the way up's extra resnet
+    per_level = config.layers_per_block + 1  # counts the downsampler, or an up block's extra resnet
     patterns = {r"(?<![^.])" + re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)": new
                 for theirs, new in COMPVIS.items()}
 

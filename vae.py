@@ -31,7 +31,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """How many pixels wide a latent is: 8 for Stable Diffusion v1."""
+        """Pixels per latent along a side: 8 for Stable Diffusion v1."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
