@@ -3,7 +3,7 @@
 import json
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the hub; test_formats.py has a stand-in
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests don't use the hub; test_formats.py has a stand-in
 
 import pytest
 import torch
@@ -27,9 +27,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is full-size runs only where it is asked for."""
+    """Full-size tests run only on request."""
     if "full_size" not in config.option.markexpr:
-        skip = pytest.mark.skip(reason="full-size, asked for by -m full_size")
+        skip = pytest.mark.skip(reason="full-size, needs -m full_size")
         for item in items:
             if "full_size" in item.keywords:
                 item.add_marker(skip)

@@ -89,100 +89,21 @@ def test_step_with_the_true_noise_leads_along_the_forward_process():
 
 # ---- guidance ----
 
-@pytest.mark.parametrize("scale, expected", [(0, 1.0), (1, 3.0), (7.5, 16.0), (-1, -1.0)])
-def test_guide_by_hand(scale, expected):
-    assert ddim.guide(tensor(1), tensor(3), scale) == tensor(expected)
-
-
-class FakeUNet:
-    """Predicts the mean of the text plus x_t, and remembers what it was asked."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, x_t: Tensor, t: int, text: Tensor) -> Tensor:
-        self.calls.append((len(x_t), t))
-        return x_t + text.mean(dim=(1, 2))[:, None, None, None]
+@pytest.mark.parametrize("guidance, expected", [(0, 1.0), (1, 3.0), (7.5, 16.0), (-1, -1.0)])
+def test_guide_by_hand(guidance, expected):
+    assert ddim.guide(tensor(1), tensor(3), guidance) == tensor(expected)
 
 
 def test_guided_asks_once_for_both_and_does_not_mix_them_up():
-    unet = FakeUNet()
+    unet = small.FakeUNet()
     text, null = torch.full((2, 77, 8), 3.0), torch.full((2, 77, 8), 1.0)
     x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    eps = ddim.guided(unet, text, null, scale=7.5)(x_t, 981)
+    eps = ddim.guided(unet, text, null, guidance=7.5)(x_t, 981)
     torch.testing.assert_close(eps, x_t + 1 + 7.5 * (3 - 1))
     assert unet.calls == [(4, 981)]
 
 
-# ---- Safe Latent Diffusion ----
-
-def test_safe_direction_by_hand():
-    """One element for each case: above the threshold, below it and small, below it and clamped."""
-    safety = ddim.Safety(delta=0, scale=2.0, threshold=0.1, momentum_scale=0.5, beta=0.25)
-    eps_null, eps_c, eps_s = tensor(1, 1, 1), tensor(4, 2, 0), tensor(3, 2.2, 3)
-    gamma, momentum = ddim.safe_direction(eps_null, eps_c, eps_s, tensor(8, 4, 2), safety)
-    mu = (0, 2 * 0.2, 1)  # eps_c - eps_s is 1, -0.2, -3
-    expected = tensor(mu[0] * 2 + 0.5 * 8, mu[1] * 1.2 + 0.5 * 4, mu[2] * 2 + 0.5 * 2)
-    torch.testing.assert_close(gamma, expected)
-    torch.testing.assert_close(momentum, 0.25 * tensor(8, 4, 2) + 0.75 * expected)
-
-
-def test_a_difference_that_equals_the_threshold_is_safe():
-    safety = ddim.Safety(0, 1000, 0.5, 0, 0)
-    gamma, _ = ddim.safe_direction(tensor(1), tensor(2.5), tensor(2), tensor(0), safety)
-    assert gamma == tensor(0)
-
-
-def official_sld(eps_null, predictions, guidance, warmup, scale, threshold, momentum_scale, beta):
-    """The order of the official code's operations, for one element: a list of guided eps."""
-    momentum, made = 0.0, []
-    for i, (text, concept) in enumerate(predictions):
-        direction = text - eps_null
-        strength = min(abs(text - concept) * scale, 1.0)
-        strength = 0.0 if text - concept >= threshold else strength
-        safety = (concept - eps_null) * strength + momentum_scale * momentum
-        momentum = beta * momentum + (1 - beta) * safety
-        if i >= warmup:
-            direction = direction - safety
-        made.append(eps_null + guidance * direction)
-    return made
-
-
-@pytest.mark.parametrize("name, official", [
-    ("weak", (15, 200, 0.0, 0.0, 0.0)), ("medium", (10, 1000, 0.01, 0.3, 0.4)),
-    ("strong", (7, 2000, 0.025, 0.5, 0.7)), ("max", (0, 5000, 1.0, 0.5, 0.7))])
-def test_fifty_steps_of_safe_guidance_equal_the_official_arithmetic(name, official):
-    generator = torch.Generator().manual_seed(0)
-    predictions = [(text, text + 0.01 * off) for text, off in
-                   torch.randn(50, 2, generator=generator, dtype=torch.float64).tolist()]
-    eps_null = 0.3
-    answers = iter(torch.tensor([eps_null, *both], dtype=torch.float64)[:, None, None, None]
-                   for both in predictions)
-    predict = ddim.safe_guided(lambda x_t, t, text: next(answers), *[torch.zeros(1, 77, 8)] * 3,
-                               7.5, ddim.SLD[name])
-    made = [predict(tensor(0), t).item() for t in ddim.timesteps(50)]
-    assert made == pytest.approx(official_sld(eps_null, predictions, 7.5, *official), abs=1e-12)
-
-
-def test_safe_guided_asks_once_for_all_three_and_does_not_mix_them_up():
-    unet = FakeUNet()
-    null, text, safe = (torch.full((2, 77, 8), value) for value in (1.0, 3.0, 4.0))
-    x_t = torch.zeros(2, 4, 8, 8)
-    predict = ddim.safe_guided(unet, text, null, safe, 2.0, ddim.Safety(0, 1000, 0.0, 0, 0))
-    torch.testing.assert_close(predict(x_t, 981), x_t + 1 + 2 * (3 - 1 - (4 - 1)))
-    assert unet.calls == [(6, 981)]
-
-
-@pytest.mark.parametrize("steps, first", [(50, 10), (10, 2), (20, 4)])
-def test_safe_guidance_counts_from_the_same_time_with_fewer_steps(steps, first):
-    null, text, safe = (torch.full((1, 77, 8), value) for value in (1.0, 3.0, 4.0))
-    safety = ddim.Safety(10, 1000, 0.0, 0, 0)
-    predict = ddim.safe_guided(FakeUNet(), text, null, safe, 2.0, safety)
-    made = [predict(torch.zeros(1, 4, 8, 8), t).mean().item() for t in ddim.timesteps(steps)]
-    assert made == pytest.approx([5.0] * first + [-1.0] * (steps - first))
-
-
-# ---- the whole way ----
+# ---- the loop ----
 
 def trajectory(steps: int) -> Tensor:
     """x_t after every step, (steps, B, 4, H, W)."""
@@ -205,7 +126,7 @@ def test_trajectories_equal_the_reference_tightly_on_its_schedule(steps, monkeyp
     assert difference(steps) < TOLERANCE_ON_THE_SAME_SCHEDULE
 
 
-def test_denoise_yields_the_noise_first_and_the_picture_last():
+def test_denoise_yields_the_noise_first_and_the_image_last():
     noise, = small.INPUTS["denoise"]
     pairs = list(ddim.denoise(small.toy_eps, noise, steps=50))
     assert [t for t, _ in pairs] == ddim.timesteps(50) + [0]
@@ -219,7 +140,7 @@ def test_denoise_twice_is_the_same_and_leaves_the_noise_untouched():
 
 
 @pytest.mark.parametrize("taken", [1, 2, 4])
-def test_denoise_computes_no_more_than_is_asked_for(taken):
+def test_denoise_computes_only_the_steps_that_are_asked_for(taken):
     asked = []
 
     def predict(x_t, t):

@@ -1,6 +1,6 @@
-"""Every format at full size: the same model from each, and the reference's numbers.
+"""Every format at full size: each gives the same model, with the reference's outputs.
 
-    python -m pytest tests -m full_size      # 10 GB of disk, 12 GB of memory, some minutes
+    python -m pytest tests -m full_size      # 10 GB of disk, 12 GB of memory, a few minutes
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def digest(sd: sample.StableDiffusion) -> str:
 
 
 def tokenizer(folder):
-    """CLIP's tokenizer can't be had here; this one has as many tokens, a letter or nothing each."""
+    """As many tokens as CLIP's tokenizer, which isn't downloaded; each is a letter or nothing."""
     folder.mkdir(parents=True)
     letters = [chr(97 + i) + end for end in ("", "</w>") for i in range(26)]
     words = letters + [f"<{i}>" for i in range(49408 - len(letters) - 2)]
@@ -88,7 +88,7 @@ def test_a_folder_gives_the_files_tensors(folder, sd):
 
 @torch.no_grad()
 def test_outputs_equal_the_reference(sd):
-    """In float32 two ways to the same sum differ by about 1e-6 of it; wrong settings by 1e-3."""
+    """In float32, another order of a sum changes 1e-6 of it; a wrong setting 1e-3."""
     answers = load_file(small.REFERENCE / "full_size.safetensors")
     for part in parity.CLASSES:
         for name, function in parity.functions(part, getattr(sd, part)).items():
@@ -120,7 +120,8 @@ def test_a_ckpt(ema, folder, sd, expected, scratch, monkeypatch):
     tensors = formats.compvis_weights(sd, ema)
     assert len(tensors) == (1831 if ema else 1145) - 9  # of 12 schedule buffers, 3 are written
     formats.write_ckpt(tensors, scratch / "v1.ckpt", monkeypatch)
-    assert digest(sample.load(scratch / "v1.ckpt", tokenizer=folder / "tokenizer")) == expected
+    loaded = sample.load(scratch / "v1.ckpt", tokenizer=folder / "tokenizer", ema=ema)
+    assert digest(loaded) == expected
 
 
 def test_the_hub(folder, expected, scratch):

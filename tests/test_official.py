@@ -1,9 +1,9 @@
-"""The published weights against numbers that others recorded with them.
+"""The published weights, compared with numbers that others recorded with them.
 
     python -m pytest tests/test_official.py --weights PATH      # anything that sample.load takes
 
-Skipped without --weights: they are 4 GB. The DDIM picture holds for v1-4 only, the other two for
-every Stable Diffusion v1.
+Skipped without --weights: they are 4 GB. The DDIM image is v1-4's; the other two numbers are the
+same for every Stable Diffusion v1.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ import sample
 
 # diffusers, tests/pipelines/stable_diffusion/test_stable_diffusion.py, test_stable_diffusion_ddim:
 # image[0, -3:, -3:, -1] after 3 steps, guidance 7.5
-PICTURE = [0.38019, 0.28647, 0.27321, 0.40377, 0.38290, 0.35446, 0.39218, 0.38165, 0.42239]
+IMAGE = [0.38019, 0.28647, 0.27321, 0.40377, 0.38290, 0.35446, 0.39218, 0.38165, 0.42239]
 
 # printed in public notebooks that follow fast.ai's "Stable Diffusion Deep Dive": the last hidden
 # state of "A picture of a puppy", token -> its first three and last three numbers
@@ -29,7 +29,7 @@ PUPPY = {
 }
 
 # diffusers, tests/models/autoencoders/test_models_autoencoder_kl.py, test_stable_diffusion_decode:
-# sample[-1, -2:, :2, -2:] for the seed of a noise that lies on the hub under this name
+# sample[-1, -2:, :2, -2:] for the seed of a noise that is on the hub under this name
 NOISE = ("https://huggingface.co/datasets/fusing/diffusers-testing/resolve/main/"
          "gaussian_noise_s={}_shape=3_4_64_64.npy")
 DECODED = {
@@ -53,7 +53,7 @@ def test_text_features(sd):
         assert found.tolist() == pytest.approx(expected, abs=1e-3), token
 
 
-def test_the_picture_after_three_steps(sd):
+def test_the_image_after_three_steps(sd):
     noise = np.random.RandomState(0).standard_normal((1, 4, 64, 64))
     x_t = torch.from_numpy(noise).float()
     text, null = sd.encode(["a photograph of an astronaut riding a horse"]), sd.encode([""])
@@ -62,12 +62,12 @@ def test_the_picture_after_three_steps(sd):
             pass
         image = sd.vae.decode(x_t / sd.vae.config.scaling_factor)
     pixels = (image / 2 + 0.5).clamp(0, 1)[0, -1, -3:, -3:].flatten()
-    assert pixels.tolist() == pytest.approx(PICTURE, abs=1e-4)
+    assert pixels.tolist() == pytest.approx(IMAGE, abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", DECODED)
 def test_decoded_noise(sd, seed, request):
-    """The noise was drawn on a GPU, so it has to be had as a file: --noise FOLDER."""
+    """The noise was drawn on a GPU, so it must come as a file: --noise FOLDER."""
     folder = request.config.getoption("--noise")
     if folder is None:
         pytest.skip(f"needs --noise FOLDER with {NOISE.format(seed)}")

@@ -1,5 +1,6 @@
-"""sample.py: loading a folder, pictures from prompts, the command line, wrong input."""
+"""sample.py: loading a folder, images from prompts, the command line, wrong input."""
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -18,7 +19,7 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
 def pixels(images):
-    """Pictures as one tensor of integers."""
+    """Images as one tensor of integers."""
     return torch.stack([torch.tensor(list(image.tobytes())) for image in images])
 
 
@@ -28,7 +29,7 @@ def run_main(monkeypatch, *arguments):
 
 
 def fails_in_one_line(monkeypatch, capsys, *arguments):
-    """Runs the command, checks exit status 2 and a single line of error, and returns that line."""
+    """Runs the command, checks for exit status 2 and one line of error, and returns that line."""
     with pytest.raises(SystemExit) as stopped:
         run_main(monkeypatch, *arguments)
     assert stopped.value.code == 2
@@ -74,20 +75,19 @@ def test_dtype_is_chosen(folder):
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer"])
 def test_a_folder_without_a_part_is_refused(folder, tmp_path, part):
     copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
-    with pytest.raises(ValueError, match=part):
+    with pytest.raises(ValueError, match=f"can't load {copy}: .*/copy/{part}"):
         sample.load(copy)
 
 
 def test_a_config_without_an_entry_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "vae" / "config.json").write_text("{}")
-    says = "vae/config.json isn't one of Stable Diffusion v1: KeyError 'block_out_channels'"
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=f"can't load {copy}: KeyError: 'block_out_channels'"):
         sample.load(copy)
 
 
 def changed_unet(folder, tmp_path, change):
-    """A copy of the model folder, the U-Net's tensors changed in place by `change`."""
+    """A copy of the model folder; `change` is given the U-Net's tensors to change in place."""
     copy = shutil.copytree(folder, tmp_path / "copy")
     tensors = load_file(copy / UNET_FILE)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -97,27 +97,39 @@ def changed_unet(folder, tmp_path, change):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("conv_in.bias"), "1 tensors differ: conv_in.bias is missing"),
-    (lambda w: w.update(extra=torch.zeros(1)), "1 tensors differ: extra isn't in the model"),
-    (lambda w: w.update({"conv_in.bias": torch.zeros(5)}), r"conv_in.bias is \(5,\), not \(32,\)"),
+    (lambda w: w.pop("conv_in.bias"), "1 tensors differ: unet.conv_in.bias is missing"),
+    (lambda w: w.update({"conv_in.bias": torch.zeros(5)}),
+     r"1 tensors differ: unet.conv_in.bias is \[5\], not \[32\]"),
 ])
 def test_wrong_tensors_are_named(folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         sample.load(changed_unet(folder, tmp_path, change))
 
 
+def test_tensors_that_no_part_has_are_left_out_and_named(sd, folder, tmp_path, capsys):
+    extra = {f"extra.{i}": torch.zeros(1) for i in range(4)}
+    copy = changed_unet(folder, tmp_path, lambda w: w.update(extra))
+    loaded = sample.load(copy)
+    assert loaded.unet.state_dict().keys() == sd.unet.state_dict().keys()
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"{copy}: left out 4 tensors that no part of the model has: ")
+    assert line.endswith("unet.extra.0, unet.extra.1, unet.extra.2")
+    sample.load(folder)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_truncated_file_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     data = (copy / UNET_FILE).read_bytes()
     (copy / UNET_FILE).write_bytes(data[:len(data) // 2])
-    with pytest.raises(ValueError, match="is damaged, incomplete or no file of tensors"):
+    with pytest.raises(ValueError, match="is no file of tensors, or is damaged"):
         sample.load(copy)
 
 
-# Prompts to pictures
+# Prompts to images
 
-def test_a_picture_is_what_two_separate_predictions_give(sd):
-    """generate() against the same way written out: no shared batch, no helper."""
+def test_an_image_is_what_two_separate_predictions_give(sd):
+    """generate() against the same computation written out: no shared batch, no helper."""
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     c, negative = sd.encode(["a star"]), sd.encode(["a heart"])
     abar = ddim.alphas_cumprod()
@@ -133,34 +145,6 @@ def test_a_picture_is_what_two_separate_predictions_give(sd):
     assert (pixels(made)[0] - expected).abs().max() <= 1
 
 
-def test_a_concept_to_avoid_is_the_third_prediction(sd):
-    """generate(safe=...) against ddim's function given the three texts by hand."""
-    c, null, safe = (sd.encode([text]) for text in ("a star", "a moon", "a heart"))
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    predict = ddim.safe_guided(sd.unet, c, null, safe, 4, ddim.SLD["max"])
-    with torch.no_grad():
-        *_, (_, x_0) = ddim.denoise(predict, noise, 3)
-    made = sample.generate(sd, ["a star"], seed=3, steps=3, guidance=4, negative="a moon",
-                           safe="a heart", sld="max")
-    assert torch.equal(pixels(made), pixels(sd.decode(x_0)))
-    for other in ({}, {"safe": "a heart", "sld": "weak"}, {"safe": "a circle", "sld": "max"}):
-        again = sample.generate(sd, ["a star"], seed=3, steps=3, guidance=4, negative="a moon",
-                                **other)
-        assert not torch.equal(pixels(made), pixels(again))
-
-
-def test_each_batch_begins_with_no_momentum(sd):
-    how = {"steps": 3, "safe": "a heart", "sld": "max"}
-    alone = sample.generate(sd, ["a star"] * 2, seed=[0, 1], batch=1, **how)
-    together = sample.generate(sd, ["a star"] * 2, seed=[0, 1], batch=2, **how)
-    assert (pixels(alone) - pixels(together)).abs().max() <= 1
-
-
-def test_an_unknown_setting_of_sld_is_refused(sd):
-    with pytest.raises(ValueError, match="sld is 'huge', choose from weak, medium"):
-        sample.generate(sd, ["a star"], safe="a heart", sld="huge")
-
-
 def test_pixels_are_rounded_not_cut(sd):
     grey = SimpleNamespace(config=sd.vae.config,
                            decode=lambda z: torch.full((1, 3, 8, 8), 2 * 100.6 / 255 - 1))
@@ -169,13 +153,13 @@ def test_pixels_are_rounded_not_cut(sd):
 
 
 def test_noise_is_drawn_as_diffusers_draws_it(sd):
-    """There one call draws the noise of all pictures of a prompt from the seed's generator."""
+    """In diffusers, one call draws the noise of all images of a prompt, from the seed."""
     together = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     assert torch.equal(sample.starting_noise(sd, 3, 7, None), together)
     assert torch.equal(sample.starting_noise(sd, 1, 7, None), together[:1])
 
 
-def test_pictures_do_not_depend_on_the_batch(sd):
+def test_images_do_not_depend_on_the_batch(sd):
     prompts = ["a star", "a heart"]
     large = sample.generate(sd, prompts, num=3, steps=2, batch=8)
     small = sample.generate(sd, prompts, num=3, steps=2, batch=1)
@@ -192,7 +176,7 @@ def test_prompts_may_have_seeds_of_their_own(sd):
     assert (pixels(both)[0] - pixels(both)[1]).abs().max() > 10
 
 
-def test_the_same_call_gives_the_same_pictures(sd):
+def test_the_same_call_gives_the_same_images(sd):
     first, second = (pixels(sample.generate(sd, "a star", steps=2)) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -200,8 +184,10 @@ def test_the_same_call_gives_the_same_pictures(sd):
 def test_size_is_in_pixels(sd):
     assert sample.generate(sd, "a star", steps=1)[0].size == (64, 64)
     assert sample.generate(sd, "a star", steps=1, size=128)[0].size == (128, 128)
-    with pytest.raises(ValueError, match="size is 100, choose a multiple of 64"):
-        sample.generate(sd, "a star", steps=1, size=100)
+    assert sample.generate(sd, "a star", steps=1, size=(128, 64))[0].size == (128, 64)
+    for size, says in ((100, "100 x 100"), ((64, 100), "64 x 100"), (0, "0 x 0")):
+        with pytest.raises(ValueError, match=f"size is {says}, .*choose multiples of 64"):
+            sample.generate(sd, "a star", steps=1, size=size)
 
 
 def test_a_long_prompt_is_cut_with_a_warning(sd):
@@ -209,44 +195,110 @@ def test_a_long_prompt_is_cut_with_a_warning(sd):
         assert sd.encode(["star " * 100]).shape == (1, 77, 32)
 
 
+def test_an_image_becomes_the_vaes_latents(sd):
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+    x_0, = sd.encode_images([image])
+    pixels = torch.tensor(list(image.tobytes())).view(1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
+    assert torch.allclose(x_0, sd.vae.encode(pixels)[0][0] * 0.18215, atol=1e-6)
+    assert sd.encode_images([image.resize((640, 320)), image]).shape == (2, 4, 8, 8)
+
+
+# The contact sheet
+
+def test_each_image_of_a_contact_sheet_lies_under_its_label():
+    colours = ["red", "lime", "blue", "yellow", "cyan"]
+    red, lime, blue, yellow, cyan = (Image.new("RGB", (64, 64), colour) for colour in colours)
+    sheet = sample.contact_sheet([("one label", [red, lime]), (["a", "b", "c"], [blue, yellow,
+                                                                                 cyan])], 96)
+    side = 128  # twice 64, to be at least 96
+
+    def corner(row, column):
+        return 4 + column * (side + 4), row * (side + 26) + 22
+
+    assert sheet.size == (3 * (side + 4) + 4, 2 * (side + 26))
+    for (row, column), image in {(0, 0): red, (0, 1): lime, (1, 0): blue, (1, 1): yellow,
+                                 (1, 2): cyan}.items():
+        x, y = corner(row, column)
+        for point in ((x, y), (x + side - 1, y + side - 1)):
+            assert sheet.getpixel(point) == image.getpixel((0, 0)), (row, column)
+    x, y = corner(0, 2)
+    assert sheet.crop((x, y, x + side, y + side)).getextrema() == 3 * ((255, 255),)  # no image
+
+    def labelled(row, column):
+        x, y = corner(row, column)
+        return sheet.crop((x, y - 20, x + side, y)).convert("L").getextrema()[0] < 128
+
+    assert [labelled(0, column) for column in range(3)] == [True, False, False]
+    assert [labelled(1, column) for column in range(3)] == [True, True, True]
+
+
 # Command line
 
-def test_pictures_say_how_they_were_made(folder, tmp_path, monkeypatch, capsys):
+def test_a_sheet_says_how_it_was_made(folder, tmp_path, monkeypatch, capsys):
     sheet = tmp_path / "new" / "sheet.png"
     run_main(monkeypatch, "a star", "ein Stern ★", "--model", folder, "--num", 2, "--steps", 2,
-             "--seed", 4, "--out", sheet, "--singles", tmp_path / "all")
-    assert str(sheet) in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [
-        "0_0.png", "0_1.png", "1_0.png", "1_1.png"]
-    single = Image.open(tmp_path / "all" / "1_1.png")
-    assert single.size == (64, 64) and single.text["prompt"] == "ein Stern ★"
-    settings = json.loads(single.text["settings"])
-    assert (settings["seed"], settings["steps"], settings["guidance"]) == (4, 2, 7.5)
+             "--seed", 4, "--out", sheet)
+    assert capsys.readouterr().out.strip() == str(sheet)
     assert Image.open(sheet).width > 2 * 64
+    settings = json.loads(Image.open(sheet).text["settings"])
+    assert settings["prompts"] == ["a star", "ein Stern ★"]
+    assert (settings["seed"], settings["steps"], settings["guidance"]) == (4, 2, 7.5)
 
 
-def test_the_command_line_avoids_a_concept(sd, folder, tmp_path, monkeypatch):
-    run_main(monkeypatch, "a star", "--model", folder, "--steps", 2, "--negative", "a moon",
-             "--safe", "a heart", "--sld", "max", "--out", tmp_path / "x.png",
-             "--singles", tmp_path / "all")
-    expected = sample.generate(sd, ["a star"], steps=2, negative="a moon", safe="a heart",
-                               sld="max")
-    made = Image.open(tmp_path / "all" / "0_0.png")
-    assert torch.equal(pixels([made]), pixels(expected))
-    settings = json.loads(made.text["settings"])
-    assert (settings["safe"], settings["sld"]) == ("a heart", "max")
+@pytest.fixture
+def asked(monkeypatch):
+    """`generate` draws nothing; its arguments by name, of each call."""
+    signature, calls = inspect.signature(sample.generate), []
+
+    def generate(*args, **kwargs):
+        calls.append(signature.bind(*args, **kwargs).arguments)
+        return [Image.new("RGB", (64, 64))] * (len(calls[-1]["prompts"]) * calls[-1]["num"])
+
+    monkeypatch.setattr(sample, "generate", generate)
+    return calls
+
+
+def test_every_flag_reaches_generate(folder, tmp_path, monkeypatch, asked):
+    flags = {"num": 2, "seed": 3, "steps": 5, "guidance": 4.0, "size": 128, "negative": "a heart",
+             "batch": 6}
+    typed = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    run_main(monkeypatch, "a star", "a moon", "--model", folder, *typed, "--out",
+             tmp_path / "x.png")
+    call, = asked
+    assert call["prompts"] == ["a star", "a moon"] and flags.items() <= call.items()
+
+
+def test_flags_may_come_from_a_file_and_later_ones_win(folder, tmp_path, monkeypatch, asked):
+    (tmp_path / "flags").write_text(f'--model={folder} --steps 2\n--seed=7\n"a red moon"\n')
+    for order in (["--seed", 5, f"@{tmp_path}/flags"], [f"@{tmp_path}/flags", "--seed", 5]):
+        run_main(monkeypatch, "a star", *order, "--out", tmp_path / "x.png")
+    assert [(call["prompts"], call["steps"], call["seed"]) for call in asked] == [
+        (["a star", "a red moon"], 2, seed) for seed in (7, 5)]
+
+
+def test_an_interrupted_command_says_so_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, "a star", "--model", folder, "--out", tmp_path / "x.png")
+    assert stopped.value.code == 130 and not (tmp_path / "x.png").exists()
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--model", "nowhere"], "nowhere is no file or folder here"),
+    (["--model", "nowhere"], "can't load nowhere: "),
     (["--steps", "0"], "steps is 0"),
-    (["--size", "65"], "size is 65"),
+    (["--size", "65"], "size is 65 x 65"),
     (["--num", "0"], "num is 0"),
     (["--batch", "0"], "batch 0"),
     (["--erased", "nothing.safetensors"], "nothing.safetensors"),
-    (["--device", "abacus"], "abacus"),
-    (["--seed", "-1"], "seed is -1"),
-    (["--out", "picture.jpg"], "picture.jpg can't be written"),
+    (["--device", "abacus"], "Expected one of cpu"),
+    (["--dtype", "int3"], "int3"),
+    (["--tokenizer", "nowhere"], "nowhere"),
+    (["--seed", "-1"], "seed -1"),
+    (["--out", "image.jpg"], "image.jpg can't be written: choose a new name in .png"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
     if "--model" not in arguments:
@@ -257,7 +309,7 @@ def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, argume
 
 
 def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
-    """Neither takes the other's half-written file away; who ends last is there."""
+    """Neither touches the other's half-written file; the last to finish wins."""
     file = tmp_path / "both.txt"
 
     def write(part):

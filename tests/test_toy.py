@@ -1,6 +1,5 @@
 """notebooks/toy: the world, its tokenizer, resuming a training, the distance, the shipped model."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -252,13 +251,3 @@ def test_the_shipped_model_draws_what_it_is_asked_for(toy):
     seen = judge.read(judge.load(TOY), images)
     assert [s["object"] for s in seen] == ["star"] * 4 + ["moon"] * 4
     assert [s["colour"] for s in seen] == ["red"] * 4 + ["blue"] * 4
-
-
-def test_the_loss_in_the_readme_runs():
-    """As it stands there, with fewer iterations and steps."""
-    block, = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
-    assert "iterations=160, steps=8" in block and "num=4)" in block
-    quick = block.replace("iterations=160, steps=8", "iterations=2, steps=2")
-    names = {}
-    exec(quick.replace("num=4)", "num=1, steps=2)"), names)
-    assert names["images"][0].size == (64, 64) and names["theta"]

@@ -64,8 +64,8 @@ def main() -> None:
     print("| who | what | loading, s | peak with one image, GB |\n|---|---|---|---|", flush=True)
     rows = [("diffusers", []), ("minESD", [])] + [("minESD", [file]) for file in args.single]
     for who, single in rows:
-        subprocess.run([sys.executable, "-m", "tests.by_hand.compare_loading", args.folder, "--who", who, "--single", *single],
-                       check=True)
+        subprocess.run([sys.executable, "-m", "tests.by_hand.compare_loading", args.folder,
+                        "--who", who, "--single", *single], check=True)
 
 
 if __name__ == "__main__":

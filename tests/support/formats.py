@@ -28,7 +28,7 @@ def part_weights(sd: StableDiffusion) -> dict[str, dict[str, Tensor]]:
 # Folders
 
 def vae_of_2022(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE's tensors under the names of its attention that were usual until 2022."""
+    """The VAE's tensors, its attention under the names of 2022."""
     for new, old in OF_2022.items():
         weights = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): tensor
                    for name, tensor in weights.items()}
@@ -56,10 +56,10 @@ def write_folder(folder: Path, to: Path, suffix: str, dtype: torch.dtype, old: b
     return to
 
 
-# Single files of CompVis
+# Single files in CompVis's format
 
 def compvis_weights(sd: StableDiffusion, ema: bool = False) -> dict[str, Tensor]:
-    """What a single file holds; with `ema`, the U-Net is in model_ema and noise in its place."""
+    """What a single file holds; with `ema`, the U-Net is in model_ema, and zeros in its place."""
     tensors = {}
     for part, weights in part_weights(sd).items():
         for theirs, ours in COMPVIS[part].items():
@@ -70,10 +70,10 @@ def compvis_weights(sd: StableDiffusion, ema: bool = False) -> dict[str, Tensor]
                 tensor = tensor[:, :, None, None]  # a 1x1 convolution
             tensors[PREFIX[part] + theirs] = tensor
     if ema:
-        for theirs, ours in COMPVIS["unet"].items():
+        for theirs in COMPVIS["unet"]:
             flat = f"diffusion_model.{theirs}".replace(".", "")
             tensors[f"model_ema.{flat}"] = tensors[PREFIX["unet"] + theirs]
-            tensors[PREFIX["unet"] + theirs] = torch.zeros_like(sd.unet.state_dict()[ours])
+            tensors[PREFIX["unet"] + theirs] = torch.zeros_like(tensors[f"model_ema.{flat}"])
     return tensors | {
         "model_ema.decay": torch.tensor(0.9999),  # these two are in every file
         "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
@@ -82,7 +82,7 @@ def compvis_weights(sd: StableDiffusion, ema: bool = False) -> dict[str, Tensor]
 
 
 class Stranger:
-    """Pickles as a call of a function that this machine needn't have."""
+    """Pickles as a call of a function, which this machine needn't have."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -92,7 +92,7 @@ class Stranger:
 
 
 def stand_in(monkeypatch, module: str, name: str) -> type:
-    """A class that pickles as `module.name`, whether there is such a module or not."""
+    """A class that pickles as `module.name`, whether or not that module exists."""
     cls = type(name, (), {"__module__": module})
     parts = module.split(".")
     for i in range(1, len(parts) + 1):

@@ -1,4 +1,4 @@
-"""What the tests and by_hand/record_reference.py share: small configs, inputs, the rule for weights.
+"""What the tests share with by_hand/record_reference.py: small configs, inputs, weights.
 
 Weights and inputs come from their names alone, so only the reference's outputs need storing.
 """
@@ -75,8 +75,19 @@ FULL_SIZE_INPUTS = {  # 128x128 pixels, so that a run takes seconds
 
 
 def toy_eps(x_t: Tensor, t: int) -> Tensor:
-    """Stands in for a U-Net in trajectories. Plain arithmetic, so it rounds alike everywhere."""
+    """Takes the U-Net's place in trajectories. Plain arithmetic, so it rounds alike everywhere."""
     return x_t / (1 + x_t * x_t) + t / 1000
+
+
+class FakeUNet:
+    """Predicts the mean of the text plus x_t, and remembers the batch and time of each call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x_t: Tensor, t: int, text: Tensor) -> Tensor:
+        self.calls.append((len(x_t), t))
+        return x_t + text.mean(dim=(1, 2))[:, None, None, None]
 
 
 def setting(module: nn.Module) -> str | None:
