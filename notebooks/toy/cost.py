@@ -68,12 +68,12 @@ def seen(sd: sample.StableDiffusion, judge: judging.Judge, concept: str) -> dict
 
 
 def row(name: str, cells: list[dict]) -> list[str]:
-    """A line of the table: means over cells, and pooled shares."""
+    """A line of the table: how many erasures, their means, and pooled shares."""
     means = [f"{sum(cell[key] for cell in cells) / len(cells):.1f}" if key in cells[0] else ""
              for key in ("calls", "seconds")]
     pooled = [[sum(cell[key][i] for cell in cells) for i in (0, 1)]
               for key in ("left", "object", "style", "colour")]
-    return [name, *means, *(tables.share(*pair) for pair in pooled)]
+    return [name, str(len(cells)), *means, *(tables.share(*pair) for pair in pooled)]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,23 +82,26 @@ def run(args: argparse.Namespace) -> None:
     cells = [("original", "", concept, "") for concept in OBJECTS]
     cells += [(way, method, concept, str(seed)) for seed in SEEDS for method in RATES
               for way in WAYS for concept in OBJECTS]
-    todo = [cell for cell in cells if "/".join(cell) not in found]
+    todo = [] if args.stored else [cell for cell in cells if "/".join(cell) not in found]
     sd, judge = sample.load("notebooks/toy"), judging.load("notebooks/toy")
     for way, method, concept, seed in tqdm(todo, unit="erasure"):
         model, cost = erased(sd, way, method, concept, int(seed)) if seed else (sd, {})
         found["/".join((way, method, concept, seed))] = cost | seen(model, judge, concept)
         sample.write_whole(args.results, lambda part: part.write_text(json.dumps(found)))
     rows = [row("original", [found[f"original//{concept}/"] for concept in OBJECTS])]
-    rows += [row(f"{method}, {way}", [found[f"{way}/{method}/{concept}/{seed}"]
-                                      for concept in OBJECTS for seed in SEEDS])
-             for method in RATES for way in WAYS]
-    print(tables.table(["x_t", "U-Net calls per gradient step", "seconds", "left, %",
+    for method in RATES:
+        for way in WAYS:
+            mine = [found[key] for key in map("/".join, cells)
+                    if key in found and key.startswith(f"{way}/{method}/")]
+            rows += [row(f"{method}, {way}", mine)] if mine else []
+    print(tables.table(["x_t", "erasures", "U-Net calls per gradient step", "seconds", "left, %",
                         "other objects, %", "styles, %", "colours, %"], *rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What an erasure costs, and what it buys.")
     parser.add_argument("--results", type=Path, default=Path("notebooks/toy/cost.json"))
+    parser.add_argument("--stored", action="store_true", help="only print what is stored")
     sample.fail_in_one_line(run, parser.parse_args())
 
 
