@@ -2,15 +2,16 @@
 
 2.1. eps_c - g (eps_c - eps_0) = eps_0 + (eps_c - eps_0) - g (eps_c - eps_0)
      = eps_0 - (g - 1) (eps_c - eps_0), so eta = g - 1.
-With eta = -1 the target is eps_c: the edited model shall do what the original does. The loss of the
-unedited model is 0, and so is its gradient: nothing is learned.
+With eta = -1 the target is eps_c: the edited model should do what the original does. The loss of
+the unedited model is 0, and so is its gradient: nothing is learned.
 
-2.3. Queries alone leave 98 % stars, keys and values 6 %, the output layers 0 % (fifty pictures
-after 125 iterations with the notebook's flags). Queries and keys decide how much of each word a
-pixel gets, values and output layers what that is: change what comes and the star goes, change only
-who looks where and it stays. A word has values of its own, so to this part "tied to the words"
-applies literally. The output layers don't know which word they serve: they get a mixture of values
-and can only treat some mixtures differently, whichever words they come from.
+2.3. Tuning the queries alone leaves 90 % stars, the keys and values 2 %, the output layers 0 %
+(50 images of 10 steps, with the notebook's settings; with a learning rate of 1e-3 the queries leave
+50 %). Queries and keys decide how much of each word a pixel gets, values and output layers decide
+what it gets. Changing what a pixel gets erases the star; changing only how much works slowly.
+A word has values of its own, so "tied to the words" is literally true of the values. The output
+layers don't know which word they serve: their input is a mixture of values, and they can only
+treat some mixtures differently from others.
 """
 
 
