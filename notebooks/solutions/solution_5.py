@@ -1,10 +1,10 @@
 """Solutions of notebook 5, Is it gone?
 
-5.1. ESD-x and ESD-u change what the U-Net does with some texts' features; the loss saw those of one
-prompt. Textual inversion searches the embeddings of all words that there could be for features
-with which the U-Net, whose other weights still know how a star looks, draws one. With censored
-training there is no such knowledge: what comes back there was put together from what the model
-knows of other things.
+5.1. ESD-x and ESD-u change what the U-Net does with the features of some texts, and the loss only
+saw those of one prompt. Textual inversion searches the space of all word embeddings for features
+that make the U-Net draw a star, and the U-Net's other weights still know what a star looks like.
+After censored training there is no such knowledge: the attack can only combine what the model
+knows about other objects.
 """
 
 
