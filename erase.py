@@ -137,9 +137,9 @@ def erase(sd: sample.StableDiffusion, concepts: list[str] | dict[str, str], meth
             tensor.data.copy_(kept[name])
     losses = esd(unet, sd.unet, data(unet, texts, shape, steps, guidance, rng), optimizer,
                  lambda *args: SCALE * loss_fn(*args), eta)
-    bar = tqdm(initial=done, total=iterations, disable=not checkpoint)
-    for done in range(done + 1, iterations + 1):
-        bar.set_postfix(loss=next(losses) / SCALE), bar.update()
+    bar = tqdm(range(done + 1, iterations + 1), f"from {done}", delay=1, disable=not checkpoint)
+    for done in bar:
+        bar.set_postfix(loss=next(losses) / SCALE, refresh=False)
         if checkpoint and done % steps == 0:  # with every_step, only between two ways
             state = theta, rng.get_state(), optimizer.state_dict(), done
             sample.write_whole(checkpoint, lambda part: torch.save(state, part))

@@ -92,8 +92,8 @@ def starting_noise(sd: StableDiffusion, num: int, seed: int,
     width, height = (size, size) if isinstance(size, int) else size
     unit = factor * 2 ** (levels - 1)  # 64 pixels for Stable Diffusion v1
     if min(width, height) < unit or width % unit or height % unit or not 0 <= seed < 2**63:
-        raise ValueError(f"size is {width} x {height}, seed {seed}: choose multiples of {unit}, "
-                         f"0 to {2**63 - 1}")
+        raise ValueError(f"size is {width} x {height}, choose multiples of {unit}; seed is {seed}, "
+                         f"choose 0 to {2**63 - 1}")
     generator = torch.Generator().manual_seed(seed)
     shape = (1, sd.unet.config.in_channels, height // factor, width // factor)
     return torch.cat([torch.randn(shape, generator=generator) for _ in range(num)])
@@ -118,7 +118,7 @@ def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | 
     noise = torch.cat([starting_noise(sd, num, s, size) for s in seeds])  # (P*num, 4, H, W)
     text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P*num, 77, 768)
     null, images = sd.encode([negative]), []
-    with tqdm(total=len(noise) * steps, unit="step", disable=not progress) as bar:
+    with tqdm(total=len(noise) * steps, unit="step", delay=1, disable=not progress) as bar:
         for x_t, c in zip(noise.to(sd.device).split(batch), text.split(batch), strict=True):
             for t, x_t in ddim.denoise(guided(sd.unet, c, null.expand_as(c), guidance), x_t, steps):
                 bar.update(len(x_t) if t else 0)  # t = 0 is the image, not a step

@@ -584,7 +584,7 @@ def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch
     (["--image", "nowhere.png"], "nowhere.png"),
     (["--loss", "nowhere:loss"], "--loss nowhere:loss: No module named 'nowhere'"),
     (["--loss", "erase:nothing"], "--loss erase:nothing: module 'erase' has no attribute"),
-    (["--seed", "-1"], "seed -1"),
+    (["--seed", "-1"], "seed is -1"),
     (["--out", "star.png"], "star.png can't be written: choose a new name in .safetensors"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):

@@ -195,8 +195,9 @@ def test_ckpt_of_the_old_container(sd, checkpoint, tmp_path, monkeypatch):
     assert equal(sample.load(old), sd)
 
 
-def test_what_a_file_is_is_told_by_its_content(sd, checkpoint, tmp_path):
-    assert equal(sample.load(checkpoint.rename(tmp_path / "model.safetensors")), sd)
+def test_what_a_file_is_is_told_by_its_content(sd, folder, tmp_path, small_single):
+    save_file(formats.compvis_weights(sd), tmp_path / "v1.ckpt")
+    assert equal(sample.load(tmp_path / "v1.ckpt", tokenizer=folder / "tokenizer"), sd)
 
 
 def test_the_averaged_unet_is_taken_on_request(sd, checkpoint, tmp_path, monkeypatch, capsys):

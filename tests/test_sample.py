@@ -297,7 +297,7 @@ def test_an_interrupted_command_says_so_in_one_line(folder, tmp_path, monkeypatc
     (["--device", "abacus"], "Expected one of cpu"),
     (["--dtype", "int3"], "int3"),
     (["--tokenizer", "nowhere"], "nowhere"),
-    (["--seed", "-1"], "seed -1"),
+    (["--seed", "-1"], "seed is -1"),
     (["--out", "image.jpg"], "image.jpg can't be written: choose a new name in .png"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
