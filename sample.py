@@ -266,8 +266,8 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
         with torch.device("meta"):  # takes no memory
             parts = nn.ModuleDict({name: PARTS[name].model(configs[name]) for name in PARTS})
         extra = fit(parts, tensors, path)
-        beside = path.with_name("tokenizer") if path.is_file() else path / "tokenizer"
-        words = tokenizer or (CLIP if path.is_file() and not beside.exists() else beside)
+        own = path.with_name("tokenizer") if path.is_file() else path / "tokenizer"
+        words = tokenizer or (CLIP if path.is_file() and not own.exists() else own)
         sd = StableDiffusion(*parts.to(device, getattr(torch, dtype)).values(),
                              CLIPTokenizer.from_pretrained(words))
         text = sd.text_encoder.config

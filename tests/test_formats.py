@@ -287,7 +287,7 @@ def test_the_model_with_tuned_tensors_shares_the_others(sd):
     tuned = sample.with_tuned(sd, {name: tensor})
     assert replace(tuned, unet=sd.unet) == sd
     assert torch.equal(tuned.unet.conv_in.bias, tensor)
-    assert not tuned.unet.conv_in.bias.requires_grad
+    assert not tuned.unet.conv_in.bias.requires_grad and tensor.requires_grad
     own, others = tuned.unet.state_dict(), sd.unet.state_dict()
     assert {key for key in own if own[key].data_ptr() != others[key].data_ptr()} == {name}
     assert all(torch.equal(others[key], before[key]) for key in before)
