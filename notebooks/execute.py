@@ -9,7 +9,6 @@ more than five minutes.
 """
 
 import argparse
-import base64
 import hashlib
 import sys
 import time
@@ -21,8 +20,6 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 FOLDER = Path(__file__).parent
 LIMIT = 300  # seconds
-SHOWN = {"1": "# Figure 2", "2": "# Figure 2", "3": "# Figure 1", "4": "# Figure 1",
-         "5": "# Figure 2"}  # shown in the README
 
 
 def code_of(notebook: nbformat.NotebookNode) -> str:
@@ -39,15 +36,9 @@ def missing_figures(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def keep(notebook: nbformat.NotebookNode, file: Path) -> None:
-    """Writes the notebook with its outputs, and its figure for the README."""
+    """Writes the notebook with its outputs."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # timestamps, which change with every run
-        if cell.source.startswith(SHOWN[file.name[0]]):
-            data = next(output.data["image/png"] for output in cell.outputs
-                        if "image/png" in output.get("data", {}))
-            figure = FOLDER / "pictures" / f"{file.stem}.png"
-            figure.parent.mkdir(exist_ok=True)
-            figure.write_bytes(base64.b64decode(data))
     notebook.metadata["code"] = code_of(notebook)
     nbformat.write(notebook, file)
 

@@ -57,7 +57,7 @@ def test_there_are_three_exercises_with_their_checks(file):
     assert "print(checks." in text
 
 
-@pytest.mark.parametrize("page", ["README.md", "notebooks/TEACHING.md"])
+@pytest.mark.parametrize("page", ["README.md", "notebooks/TEACHING.md", "notebooks/toy/README.md"])
 def test_links_to_files_work(page):
     file = FOLDER.parent / page
     links = re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', file.read_text())
