@@ -136,12 +136,12 @@ def test_an_image_is_what_two_separate_predictions_give(sd):
     with torch.no_grad():
         for t, t_prev in ((667, 334), (334, 1), (1, 0)):
             eps_n, eps_c = sd.unet(x, t, negative), sd.unet(x, t, c)
-            eps = eps_n + 4 * (eps_c - eps_n)
+            eps = eps_n + 100 * (eps_c - eps_n)  # the small model hardly reads its prompt
             x_0 = (x - (1 - abar[t]) ** 0.5 * eps) / abar[t] ** 0.5
             x = abar[t_prev] ** 0.5 * x_0 + (1 - abar[t_prev]) ** 0.5 * eps
         image = sd.vae.decode(x / 0.18215)
     expected = ((image / 2 + 0.5).clamp(0, 1) * 255).round().int()[0].permute(1, 2, 0).flatten()
-    made = sample.generate(sd, ["a star"], seed=3, steps=3, guidance=4, negative="a heart")
+    made = sample.generate(sd, ["a star"], seed=3, steps=3, guidance=100, negative="a heart")
     assert (pixels(made)[0] - expected).abs().max() <= 1
 
 
