@@ -76,8 +76,8 @@ def test_the_readme_has_these_lines():
         assert code in readme, code
         known |= {*code.splitlines()}
     others = {line for line in readme.splitlines() if not line.startswith("#")} - known
-    how, = others
-    name, value = how.split(" = ")
+    assert len(others) == 1, others
+    name, value = others.pop().split(" = ")
     assert name == "how"
     inspect.signature(erase.erase).bind("sd", ["star"], **ast.literal_eval(value))
 
