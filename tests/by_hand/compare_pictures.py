@@ -1,18 +1,22 @@
-"""The same images here and in diffusers: of a model, of a folder that export.py wrote, erased.
+"""The same images here and in diffusers: of a model, and of every file that export.py writes.
 
 diffusers isn't part of this project. From the repository's root:
 
-    pip install diffusers==0.42.1
+    pip install diffusers==0.42.1 peft
     python -m tests.by_hand.compare_pictures --model notebooks/toy --erased runs/star.safetensors
 """
 
 import argparse
+import sys
 import tempfile
+from pathlib import Path
+from subprocess import run
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from torch import Tensor
 
 import sample
 from notebooks.tools import export
@@ -33,6 +37,18 @@ def difference(pipe: StableDiffusionPipeline, sd: sample.StableDiffusion, prompt
                for a, b in zip(theirs, ours))
 
 
+def with_lora(weights: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a LoRA in kohya's form makes of a U-Net's weights."""
+    changed = {}
+    for name, tensor in weights.items():
+        layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        if f"{layer}.alpha" in lora:
+            up, down = (lora[f"{layer}.lora_{kind}.weight"].float() for kind in ("up", "down"))
+            change = up.flatten(1) @ down.flatten(1) * lora[f"{layer}.alpha"] / len(down)
+            changed[name] = tensor + change.view_as(tensor)
+    return changed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The same images here and in diffusers.")
     parser.add_argument("--model", default="notebooks/toy")
@@ -46,9 +62,27 @@ def main() -> None:
     print("a written folder in diffusers: largest difference", difference(pipe, sd, args.prompt))
     pipe = open_pipe(args.model)
     print("the model in diffusers: largest difference", difference(pipe, sd, args.prompt))
+    erased = sample.load_erased(sd, args.erased)
     keys = pipe.unet.load_state_dict(load_file(args.erased), strict=False)
     print("the erased weights in diffusers: unexpected keys", keys.unexpected_keys,
-          "largest difference", difference(pipe, sample.load_erased(sd, args.erased), args.prompt))
+          "largest difference", difference(pipe, erased, args.prompt))
+    with tempfile.TemporaryDirectory() as folder:
+        for form in ("lora", "single", "folder"):
+            out = Path(folder) / ("folder" if form == "folder" else f"{form}.safetensors")
+            run([sys.executable, "-m", "notebooks.tools.export", args.erased, "--as", form,
+                 "--model", args.model, "--out", out, "--error", "0.01"], check=True)
+            expected = erased
+            if form == "lora":  # the erased model but for what a LoRA leaves out
+                pipe = open_pipe(args.model)
+                pipe.load_lora_weights(folder, weight_name=out.name)
+                expected = sample.with_tuned(sd, with_lora(sd.unet.state_dict(), load_file(out)))
+            elif form == "single":
+                pipe = StableDiffusionPipeline.from_single_file(
+                    str(out), config=args.model, local_files_only=True)
+                pipe.set_progress_bar_config(disable=True)
+            else:
+                pipe = open_pipe(out)
+            print(f"as {form}: largest difference", difference(pipe, expected, args.prompt))
 
 
 if __name__ == "__main__":

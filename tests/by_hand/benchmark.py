@@ -1,0 +1,333 @@
+"""Time and memory, ours and diffusers' in turn, at full size with random weights.
+
+diffusers isn't part of this project. From the repository's root:
+
+    pip install diffusers==0.42.1 accelerate
+    python -m tests.by_hand.benchmark            # 15 GB of disk, 16 GB of memory, an hour
+    python -m tests.by_hand.benchmark --quick    # small sizes, to see that it runs
+
+Both sides run by turns in one process, and a row has the median of five ratios. Memory is the
+peak of a process that runs one side once. With a GPU, its rows are measured, too.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import clip_text
+import erase
+import sample
+import unet
+import vae
+from notebooks.tools import export
+
+TURNS = 5
+GB = 1e9
+
+
+# ---- both sides of a row: each function prepares, and returns what is measured ----
+
+class Sizes(NamedTuple):
+    """Latents of 64x64 are Stable Diffusion v1's images of 512x512."""
+
+    side: int = 64
+    steps: int = 4
+
+
+def our_unet(dtype: torch.dtype = torch.float32) -> unet.UNet:
+    torch.manual_seed(0)
+    return unet.UNet(unet.UNetConfig()).to(dtype).requires_grad_(False)
+
+
+def their_unet(dtype: torch.dtype = torch.float32):
+    from diffusers import UNet2DConditionModel
+
+    config = {key: value for key, value in export.unet_json(unet.UNetConfig()).items()
+              if not key.startswith("_")}
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**config).to(dtype).requires_grad_(False)
+
+
+def unet_inputs(side: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return (torch.randn(batch, 4, side, side, dtype=dtype), torch.full((batch,), 500),
+            torch.randn(batch, 77, 768, dtype=dtype))
+
+
+def unet_forward(who: str, sizes: Sizes, folder: Path, dtype: torch.dtype) -> Callable:
+    inputs = unet_inputs(sizes.side, 2, dtype)
+    if who == "ours":
+        model = our_unet(dtype)
+        return torch.no_grad()(lambda: model(*inputs))
+    model = their_unet(dtype)
+    return torch.no_grad()(lambda: model(*inputs).sample)
+
+
+def vae_half(who: str, sizes: Sizes, folder: Path, half: str) -> Callable:
+    shape = (1, 4, sizes.side, sizes.side) if half == "decode" else (
+        1, 3, 8 * sizes.side, 8 * sizes.side)
+    x = torch.randn(shape)
+    if who == "ours":
+        model = vae.VAE(vae.VAEConfig()).requires_grad_(False)
+        return torch.no_grad()(lambda: getattr(model, half)(x))
+    from diffusers import AutoencoderKL
+
+    config = {key: value for key, value in export.vae_json(vae.VAEConfig()).items()
+              if not key.startswith("_")}
+    theirs = AutoencoderKL(**config).requires_grad_(False)
+    return torch.no_grad()(lambda: getattr(theirs, half)(x))
+
+
+def text(who: str, sizes: Sizes, folder: Path) -> Callable:
+    tokens = torch.randint(49000, (8, 77))
+    if who == "ours":
+        model = clip_text.TextEncoder(clip_text.TextConfig()).requires_grad_(False)
+    else:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        config = export.text_json(clip_text.TextConfig())
+        model = CLIPTextModel(CLIPTextConfig(**config)).requires_grad_(False)
+    return torch.no_grad()(lambda: model(tokens))
+
+
+def load(who: str, sizes: Sizes, folder: Path, name: str) -> Callable:
+    if who == "ours":
+        return lambda: sample.load(folder / name, "cpu", "float32", folder / "model/tokenizer")
+    from diffusers import StableDiffusionPipeline
+
+    quiet = {"torch_dtype": torch.float32, "safety_checker": None}
+    if name == "model":
+        return lambda: StableDiffusionPipeline.from_pretrained(folder / name, **quiet)
+    return lambda: StableDiffusionPipeline.from_single_file(
+        str(folder / name), config=str(folder / "model"), local_files_only=True, **quiet)
+
+
+THEIR_PICTURE = """
+import sys, torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+folder, steps, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+pipe("a", num_inference_steps=steps, height=size, width=size).images[0].save(sys.argv[4])
+"""
+
+
+def picture(who: str, sizes: Sizes, folder: Path) -> Callable:
+    """End to end, in a process of its own."""
+    out, size, steps = folder / f"{who}.png", 8 * sizes.side, sizes.steps
+    command = ["sample.py", "a", "--model", folder / "model", "--steps", steps, "--size", size,
+               "--dtype", "float32", "--device", "cpu", "--out", out] if who == "ours" else [
+        "-c", THEIR_PICTURE, folder / "model", steps, size, out]
+    return lambda: subprocess.run([sys.executable, *map(str, command)], check=True,
+                                  capture_output=True)
+
+
+def gradient_step(who: str, sizes: Sizes, folder: Path) -> Callable:
+    """One step of ESD-x at x_t = noise: against two U-Nets of diffusers, and Adam."""
+    x_t, t, c = unet_inputs(sizes.side, 1, torch.float32)
+    if who == "ours":
+        frozen = our_unet()
+        theta = erase.select(frozen, "esd-x")
+        asked = iter(lambda: (x_t, t, erase.Text(c, c, c)), None)
+        losses = erase.esd(erase.edit(frozen, theta), frozen, asked,
+                           torch.optim.Adam(theta.values(), 1e-5))
+        return lambda: next(losses)
+    frozen, edited = their_unet(), their_unet()
+    tuned = [p.requires_grad_() for name, p in edited.named_parameters() if "attn2" in name]
+    optimizer = torch.optim.Adam(tuned, 1e-5)
+
+    def go():
+        with torch.no_grad():
+            target = 2 * frozen(x_t, t, c).sample - frozen(x_t, t, c).sample
+        loss = (edited(x_t, t, c).sample - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return go
+
+
+def start(who: str, sizes: Sizes, folder: Path) -> Callable:
+    command = ["sample.py", "--help"] if who == "ours" else ["-c", "import torch"]
+    return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
+
+
+ROWS = {  # name: side, further arguments, what ours is compared with
+    "U-Net, batch 2, float32": (unet_forward, {"dtype": torch.float32}, "diffusers"),
+    "U-Net, batch 2, bfloat16": (unet_forward, {"dtype": torch.bfloat16}, "diffusers"),
+    "VAE decode": (vae_half, {"half": "decode"}, "diffusers"),
+    "VAE encode": (vae_half, {"half": "encode"}, "diffusers"),
+    "text encoder, 8 prompts": (text, {}, "transformers"),
+    "load a folder": (load, {"name": "model"}, "from_pretrained"),
+    "load a .ckpt": (load, {"name": "v1.ckpt"}, "from_single_file"),
+    "load a .safetensors": (load, {"name": "v1.safetensors"}, "from_single_file"),
+    "an image, 4 steps, a fresh process": (picture, {}, "diffusers"),
+    "a gradient step of ESD-x": (gradient_step, {}, "two U-Nets, Adam"),
+    "`python sample.py --help`": (start, {}, "`import torch`"),
+}
+
+
+# ---- measuring ----
+
+def write_models(folder: Path) -> None:
+    """A model with random weights as a folder, a .ckpt and a .safetensors file: 13 GB."""
+    words = [chr(97 + i) + end for end in ("", "</w>") for i in range(26)]
+    words += [f"<{i}>" for i in range(49406 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "model/tokenizer").mkdir(parents=True)
+    vocabulary = {word: i for i, word in enumerate(words)}
+    (folder / "model/tokenizer/vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "model/tokenizer/merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    parts = {name: part.model(part.config()).requires_grad_(False)
+             for name, part in sample.PARTS.items()}
+    for name, model in parts.items():
+        export.write_part(folder / "model", name, model)
+    export.write_index(folder / "model")
+    tensors = export.single(sample.StableDiffusion(*parts.values(), None))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "v1.safetensors")
+    torch.save({"state_dict": tensors}, folder / "v1.ckpt")
+
+
+def peak(name: str, who: str, folder: Path, args: argparse.Namespace) -> float:
+    """GB at the peak of a process that runs one side once, or of the process that it starts."""
+    command = [sys.executable, "-m", "tests.by_hand.benchmark", "--row", name, "--who", who,
+               "--folder", str(folder), *(["--quick"] if args.quick else [])]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def run_once(args: argparse.Namespace, sizes: Sizes) -> None:
+    make, more, _ = ROWS[args.row]
+    make(args.who, sizes, args.folder, **more)()
+    if make in (picture, start):
+        kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    else:  # Linux counts what the parent had before exec into ru_maxrss, but not into VmHWM
+        status = Path("/proc/self/status").read_text()
+        kilobytes = int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    print(kilobytes * 1024 / GB)
+
+
+def seconds(go: Callable) -> float:
+    began = time.perf_counter()
+    go()
+    return time.perf_counter() - began
+
+
+def row(name: str, sizes: Sizes, folder: Path, args: argparse.Namespace) -> str:
+    make, more, other = ROWS[name]
+    ours, theirs = (make(who, sizes, folder, **more) for who in ("ours", "theirs"))
+    ours(), theirs()
+    times = [(seconds(ours), seconds(theirs)) for _ in range(1 if args.quick else TURNS)]
+    ratio = statistics.median(a / b for a, b in times)
+    mine, its = (statistics.median(side) for side in zip(*times))
+    del ours, theirs
+    a, b = (peak(name, who, folder, args) for who in ("ours", "theirs"))
+    return (f"| {name} | {other} | {mine:.2f} | {its:.2f} | **{ratio:.2f}** | {a:.2f} | {b:.2f} "
+            f"| **{a / b:.2f}** |")
+
+
+def ways(sizes: Sizes, quick: bool) -> str:
+    """One iteration of ESD-x with 50 steps, at 16x16 latents: the paper's way, and every step."""
+    steps = 4 if quick else 50
+    frozen = our_unet()
+    theta, c = erase.select(frozen, "esd-x"), torch.randn(1, 77, 768)
+    unet_, times = erase.edit(frozen, theta), []
+    for every_step in (False, True):
+        data = erase.own_ways(unet_, [erase.Text(c, c, c)], (1, 4, 16, 16), steps, 3.0,
+                              torch.Generator().manual_seed(0), every_step)
+        losses = erase.esd(unet_, frozen, data, torch.optim.Adam(theta.values(), 1e-5))
+        count = 2 if quick else steps
+        times.append(seconds(lambda: [next(losses) for _ in range(count)]) / count)
+    paper, every = times
+    return (f"Seconds per iteration of ESD-x with {steps} steps, latents of 16x16, on average: the "
+            f"paper's way {paper:.2f}, every step of one way {every:.2f}, a ratio of "
+            f"**{every / paper:.2f}**.")
+
+
+def gpu() -> None:
+    """Seconds per iteration and the peak of the device's memory, under a limit."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    name = torch.cuda.get_device_name()
+    print(f"\n{name}, 512x512, batch 1, ways of 50 steps:\n\n| method | dtype | x_t | limit, GB "
+          f"| seconds per iteration | peak, GB |\n|---|---|---|---|---|---|")
+    for method in erase.METHODS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for every_step in (False, True):
+                for limit in (6, 16, 32):
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GB / total))
+                    try:
+                        spent = gpu_iterations(method, dtype, every_step)
+                    except torch.OutOfMemoryError:
+                        continue
+                    most = torch.cuda.max_memory_allocated() / GB
+                    how = "every step" if every_step else "the paper's way"
+                    print(f"| {method} | {str(dtype)[6:]} | {how} | {limit} | {spent:.2f} "
+                          f"| {most:.1f} |", flush=True)
+                    break
+
+
+def gpu_iterations(method: str, dtype: torch.dtype, every_step: bool) -> float:
+    with torch.device("cuda"):
+        frozen = unet.UNet(unet.UNetConfig()).to(dtype).requires_grad_(False)
+        c = torch.randn(1, 77, 768, dtype=dtype)
+    theta = erase.select(frozen, method)
+    edited = erase.edit(frozen, theta)
+    data = erase.own_ways(edited, [erase.Text(c, c, c)], (1, 4, 64, 64), 50, 3.0,
+                          torch.Generator().manual_seed(0), every_step)
+    losses = erase.esd(edited, frozen, data, torch.optim.Adam(theta.values(), 1e-5),
+                       lambda *args: erase.SCALE * erase.esd_loss(*args))
+    next(losses)
+    torch.cuda.synchronize()
+
+    def go():
+        for _ in range(50):
+            next(losses)
+        torch.cuda.synchronize()
+
+    return seconds(go) / 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory, ours and diffusers'.")
+    parser.add_argument("--quick", action="store_true", help="small sizes, one turn")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), metavar="ROW", help="some rows")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # these three: one side, once
+    parser.add_argument("--who", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sizes = Sizes(side=8, steps=1) if args.quick else Sizes()
+    if args.row:
+        return run_once(args, sizes)
+    import diffusers
+    import transformers
+
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; "
+          f"Python {platform.python_version()}, torch {torch.__version__}, diffusers "
+          f"{diffusers.__version__}, transformers {transformers.__version__}\n\n"
+          f"| | against | s | theirs | ratio | GB | theirs | ratio |\n|{'---|' * 8}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(Path(folder))
+        for name in args.rows:
+            print(row(name, sizes, Path(folder), args), flush=True)
+    print("\n" + ways(sizes, args.quick))
+    if torch.cuda.is_available():
+        gpu()
+
+
+if __name__ == "__main__":
+    main()
