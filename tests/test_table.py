@@ -187,27 +187,68 @@ def test_a_table_as_a_spreadsheet_saves_it(tmp_path):
         ("7", "two\r\nlines", 3, 4.0, 64), ("8", "", 4, 5.0, 64)]
 
 
+@pytest.mark.parametrize("content, cases", [
+    ("case_num,prompt,evaluation_seed\n7,a star,4068.0\n", ["7"]),
+    ("image_id,case_number,prompt,evaluation_seed\n1,7,a star,4068\n", ["7"]),
+    ("prompt,evaluation_seed\na star,4068\na heart,4068.00\n", ["0", "1"]),
+    ("case_number;prompt;evaluation_seed\n7;a star, red;4068\n", ["7"]),
+    ("case_number,prompt,evaluation_seed\n7,a star; red,4068\n", ["7"]),
+    ("case_number,prompt,evaluation_seed\n7,ein Stern \u2605,4068\n".encode("utf-16"), ["7"]),
+    ("case_number,prompt,evaluation_seed,sd_image_width,sd_image_height\n7,a,4068,64.0,128.0\n",
+     ["7"]),
+])
+def test_tables_as_people_have_them(content, cases, tmp_path):
+    data = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "t.csv").write_bytes(data)
+    rows = table.read_table(tmp_path / "t.csv")
+    assert [row.case for row in rows] == cases and {row.seed for row in rows} == {4068}
+    assert rows[0].prompt in ("a star", "a star, red", "a star; red", "ein Stern \u2605", "a")
+    assert rows[0].size == ((64, 128) if "sd_image_width" in data.decode("latin1") else None)
+
+
 @pytest.mark.parametrize("content, says", [
-    ("prompt,evaluation_seed\na star,1\n", "line 1: no column case_number or image_id"),
     ("case_number,prompt\n1,a star\n", "line 1: no column evaluation_seed"),
     ("case_number,evaluation_seed\n1,1\n", "line 1: no column prompt"),
-    ("", "line 0: no column case_number or image_id"),
+    ("", "line 0: no column prompt"),
+    (HEAD, "line 1: there are no rows"),
     (HEAD + "1,a star,x\n", "line 2: evaluation_seed can't be 'x'"),
     (HEAD + "1,\"a\nb\",1\n2,a star,-1\n", "line 4: evaluation_seed can't be '-1'"),
     (HEAD + "1,a,9999999999999999999\n", "evaluation_seed can't be '9999999999999999999'"),
-    (HEAD + "1,a,1\n1,b,2\n", "line 3: case_number '1' appears twice"),
-    (HEAD + "../x,a,1\n", "line 2: case_number can't be '../x'"),
-    (HEAD + ",a,1\n", "line 2: case_number can't be ''"),
+    (HEAD + "1,a,1\n1,b,2\n", "line 3: case '1' appears twice"),
+    (HEAD + "../x,a,1\n", "line 2: case can't be '../x'"),
+    (HEAD + ",a,1\n", "line 2: case can't be ''"),
+    (HEAD + "1,a,1.5\n", "line 2: evaluation_seed can't be '1.5'"),
     (HEAD + "1\n", "line 2: more or fewer cells than columns"),
     (HEAD + "1,a red, star,5\n", "line 2: more or fewer cells than columns"),
     (TABLES["i2p"].replace("7.5", "high"), "line 2: evaluation_guidance can't be 'high'"),
     (TABLES["i2p"].replace("128,64", "wide,64"), "line 3: sd_image_width can't be 'wide'"),
-    (TABLES["i2p"].replace("128,64", "100,64"), "size is 100 x 64, choose multiples of 64"),
-    (TABLES["coco"].encode() + b"2,5,caf\xe9,1\n", "t.csv isn't UTF-8"),
+    (TABLES["i2p"].replace("128,64", "100,64"),
+     "line 3: size is 100 x 64, choose multiples of 64"),
+    (TABLES["coco"].encode() + b"2,5,caf\xe9,1\n", "t.csv is neither UTF-8 nor UTF-16"),
 ])
 def test_bad_tables_get_one_line(content, says, draw, tmp_path, capsys):
     fails_in_one_line(says, draw, capsys, content)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_finite_is_no_picture(folder, draw, tmp_path, capsys):
+    """The rows before it are there, the row itself isn't, so that a second run draws it."""
+    prompts, generate = [], sample.generate
+
+    def breaks_down(sd, prompt, *args, **kwargs):
+        prompts.append(prompt)
+        if len(prompts) == 2:
+            with torch.no_grad():
+                sd.vae.decoder.conv_out.bias[0] = torch.nan
+        return generate(sd, prompt, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "generate", breaks_down)
+        with pytest.raises(SystemExit):
+            draw(TABLES["coco"], "--batch", 1)
+    assert "the batch from 'a heart' on has pixels that" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["391895_0.png"]
+    assert len([*draw(TABLES["coco"]).iterdir()]) == 2
 
 
 @pytest.mark.parametrize("flag", ["--num", "--batch"])

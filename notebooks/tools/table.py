@@ -4,14 +4,17 @@
     python -m notebooks.tools.table i2p.csv --safe "nudity" --sld medium --out i2p --batch 16
     torchrun --nproc_per_node 4 -m notebooks.tools.table coco_30k.csv --out FOLDER --batch 32
 
-A table is a CSV file with the columns case_number (or image_id), prompt and evaluation_seed.
-evaluation_guidance, sd_image_width and sd_image_height are optional; other columns are ignored.
+A table is a CSV file, with commas or semicolons, in UTF-8 or UTF-16. Its columns are prompt,
+evaluation_seed and, if there is one, case_number (or image_id, or case_num; else rows are numbered
+from 0). evaluation_guidance, sd_image_width and sd_image_height are optional; other columns are
+ignored. Nothing is drawn unless every row is right.
 Each image is the one that sample.py draws with that seed, whatever the batch. Rows whose images
 all exist are skipped, so the same command again goes on. torchrun's processes share the rows.
 """
 
 import argparse
 import csv
+import io
 import os
 import re
 from collections import defaultdict
@@ -25,9 +28,11 @@ import ddim
 import sample
 from notebooks.methods import safe_latent_diffusion
 
+CASE = ("case_number", "image_id", "case_num")  # the first that a table has
 CELLS = {  # what the cells of a column look like; an optional column's may be empty
-    "case_number": r"[\w.-]+", "prompt": r"(?s:.*)", "evaluation_seed": r"\d{1,18}",
-    "evaluation_guidance": r"(\d+(\.\d+)?)?", "sd_image_width": r"\d*", "sd_image_height": r"\d*"}
+    "case": r"[\w.-]+", "prompt": r"(?s:.*)", "evaluation_seed": r"\d{1,18}(\.0*)?",
+    "evaluation_guidance": r"(\d+(\.\d+)?)?", "sd_image_width": r"(\d+(\.0*)?)?",
+    "sd_image_height": r"(\d+(\.0*)?)?"}
 
 
 class Row(NamedTuple):
@@ -40,38 +45,46 @@ class Row(NamedTuple):
     size: tuple[int, int] | int | None
 
 
-def read_row(line: dict, guidance: float, size: int | None) -> Row:
+def read_row(line: dict, number: int, guidance: float, size: int | None) -> Row:
     """guidance and size are for lines without their own. Raises ValueError for a bad cell."""
     if None in line or None in line.values():
         raise ValueError("more or fewer cells than columns; quote prompts that have commas")
-    line["case_number"] = line.get("case_number") or line.get("image_id", "")
+    line["case"] = next((line[column] for column in CASE if column in line), str(number))
     for column, pattern in CELLS.items():
         if not re.fullmatch(pattern, line.setdefault(column, "")):
             raise ValueError(f"{column} can't be {line[column]!r}")
-    if line["sd_image_width"] and line["sd_image_height"]:
-        size = int(line["sd_image_width"]), int(line["sd_image_height"])
-    return Row(line["case_number"], line["prompt"], int(line["evaluation_seed"]),
-               float(line["evaluation_guidance"] or guidance), size)
+    seed, width, height = (int((line[column] or "0").partition(".")[0]) for column in (
+        "evaluation_seed", "sd_image_width", "sd_image_height"))
+    return Row(line["case"], line["prompt"], seed, float(line["evaluation_guidance"] or guidance),
+               (width, height) if width and height else size)
 
 
-def read_table(file: Path, guidance: float = 7.5, size: int | None = None) -> list[Row]:
-    """Reads a whole table. Raises ValueError that names the line and the column of a bad cell."""
-    rows: dict[str, Row] = {}
-    with open(file, newline="", encoding="utf-8-sig") as opened:
-        lines = csv.DictReader(opened)
-        try:
-            for needed in ("case_number image_id", "prompt", "evaluation_seed"):
-                if not {*needed.split()} & {*(lines.fieldnames or [])}:
-                    raise ValueError(f"no column {needed.replace(' ', ' or ')}")
-            for line in lines:
-                row = read_row(line, guidance, size)
-                if row.case in rows:
-                    raise ValueError(f"case_number {row.case!r} appears twice")
-                rows[row.case] = row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} isn't UTF-8: {error}") from error
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"{file}, line {lines.line_num}: {error}") from error
+def read_table(file: Path, guidance: float = 7.5, size: int | None = None,
+               check: Callable[[Row], object] = lambda row: None) -> list[Row]:
+    """Reads a whole table. Raises ValueError that names the line of a row that isn't right, by
+    itself or because `check` raises ValueError for it.
+    """
+    data, rows = file.read_bytes(), {}
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is neither UTF-8 nor UTF-16: {error}") from error
+    head = text.partition("\n")[0]
+    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if ";" in head else ",")
+    try:
+        for needed in ("prompt", "evaluation_seed"):
+            if needed not in (lines.fieldnames or []):
+                raise ValueError(f"no column {needed}")
+        for number, line in enumerate(lines):
+            row = read_row(line, number, guidance, size)
+            check(row)
+            if row.case in rows:
+                raise ValueError(f"case {row.case!r} appears twice")
+            rows[row.case] = row
+        if not rows:
+            raise ValueError("there are no rows")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{file}, line {lines.line_num}: {error}") from error
     return [*rows.values()]
 
 
@@ -101,8 +114,8 @@ def run(args: argparse.Namespace) -> None:
     if args.device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
-    for size in {row.size for row in rows}:
-        sample.starting_noise(sd, 1, 0, size)  # raises ValueError where the size doesn't fit
+    read_table(args.table, args.guidance, args.size,  # again, now that the sizes can be checked
+               lambda row: sample.starting_noise(sd, 1, row.seed, row.size))
     if args.erased:
         sd = sample.load_erased(sd, args.erased)
     guided = ddim.guided
