@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_official.py --weights PATH      # anything that sample.load takes
 
-Skipped without --weights: they are 4 GB. The DDIM image is v1-4's; the other two numbers are the
-same for every Stable Diffusion v1.
+Skipped without --weights: they are 4 GB. The DDIM image and the U-Net's numbers are v1-4's; those
+of the text encoder and the VAE are the same for every Stable Diffusion v1.
 """
 
 import numpy as np
@@ -31,11 +31,25 @@ PUPPY = {
 # diffusers, tests/models/autoencoders/test_models_autoencoder_kl.py, test_stable_diffusion_decode:
 # sample[-1, -2:, :2, -2:] for the seed of a noise that is on the hub under this name
 NOISE = ("https://huggingface.co/datasets/fusing/diffusers-testing/resolve/main/"
-         "gaussian_noise_s={}_shape=3_4_64_64.npy")
+         "gaussian_noise_s={}_shape={}.npy")
 DECODED = {
     13: [-0.2051, -0.1803, -0.2311, -0.2114, -0.3292, -0.3574, -0.2953, -0.3323],
     37: [-0.2632, -0.2625, -0.2199, -0.2741, -0.4539, -0.4990, -0.3720, -0.4925],
 }
+
+
+# diffusers, tests/models/unets/test_models_unet_2d_condition.py, test_compvis_sd_v1_4:
+# sample[-1, -2:, -2:, :2] for noises of these seeds as latents and as text features, at time t
+UNET = {
+    (33, 4): [-0.4424, 0.1510, -0.1937, 0.2118, 0.3746, -0.3957, 0.0160, -0.0435],
+    (47, 0): [-0.1508, 0.0379, -0.3075, 0.2540, 0.3633, -0.0821, 0.1719, -0.0207],
+    (21, 0): [-0.6479, 0.6364, -0.3464, 0.8697, 0.4443, -0.6289, -0.0091, 0.1778],
+    (9, 1000): [0.8888, -0.5659, 0.5834, -0.7469, 1.1912, -0.3923, 1.1241, -0.4424],
+}
+
+# the same file as of the decoder above, test_stable_diffusion_mode: sample[-1, -2:, -2:, :2] of a
+# noise that is taken for an image, encoded to the mean, and decoded
+MODE = [-0.1609, 0.9866, -0.0487, -0.0777, -0.2716, 0.8368, -0.2055, -0.0814]
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +79,36 @@ def test_the_image_after_three_steps(sd):
     assert pixels.tolist() == pytest.approx(IMAGE, abs=1e-4)
 
 
-@pytest.mark.parametrize("seed", DECODED)
-def test_decoded_noise(sd, seed, request):
-    """The noise was drawn on a GPU, so it must come as a file: --noise FOLDER."""
+@pytest.fixture
+def noise(request):
+    """The noises were drawn on a GPU, so they must come as files: --noise FOLDER."""
     folder = request.config.getoption("--noise")
-    if folder is None:
-        pytest.skip(f"needs --noise FOLDER with {NOISE.format(seed)}")
-    noise = np.load(f"{folder}/gaussian_noise_s={seed}_shape=3_4_64_64.npy")
+
+    def load(seed, *shape):
+        file = NOISE.format(seed, "_".join(map(str, shape)))
+        if folder is None:
+            pytest.skip(f"needs --noise FOLDER with {file}")
+        return torch.from_numpy(np.load(f"{folder}/{file.rpartition('/')[2]}")).float()
+
+    return load
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed, t", UNET)
+def test_the_unet_of_v1_4(sd, seed, t, noise):
+    eps = sd.unet(noise(seed, 4, 4, 64, 64), t, noise(seed, 4, 77, 768))
+    assert eps[-1, -2:, -2:, :2].flatten().tolist() == pytest.approx(UNET[seed, t], abs=1e-3)
+
+
+@torch.no_grad()
+def test_an_encoded_and_decoded_noise(sd, noise):
+    mean, _ = sd.vae.encode(noise(33, 4, 3, 512, 512)[-1:])
+    image = sd.vae.decode(mean)
+    assert image[-1, -2:, -2:, :2].flatten().tolist() == pytest.approx(MODE, abs=3e-3)
+
+
+@pytest.mark.parametrize("seed", DECODED)
+def test_decoded_noise(sd, seed, noise):
     with torch.no_grad():
-        image = sd.vae.decode(torch.from_numpy(noise).float())
+        image = sd.vae.decode(noise(seed, 3, 4, 64, 64))
     assert image[-1, -2:, :2, -2:].flatten().tolist() == pytest.approx(DECODED[seed], abs=1e-3)
