@@ -17,6 +17,18 @@ from torch import Tensor
 
 TRAIN_STEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012  # Stable Diffusion v1's
+SCHEDULE = {  # under each of these names a checkpoint may say how it was trained
+    "num_train_timesteps": TRAIN_STEPS, "beta_schedule": "scaled_linear", "beta_start": BETA_START,
+    "beta_end": BETA_END, "trained_betas": None, "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon", "modelspec.prediction_type": "epsilon", "parameterization": "eps",
+}
+
+
+def check_schedule(said: dict) -> None:
+    """Raises ValueError where a checkpoint's settings name another schedule than SCHEDULE."""
+    if other := [f"{key} is {said[key]}, not {value}" for key, value in SCHEDULE.items()
+                 if said.get(key, value) != value]:
+        raise ValueError(f"this isn't Stable Diffusion v1's schedule: {', '.join(other)}")
 
 
 def alphas_cumprod() -> Tensor:

@@ -1,7 +1,6 @@
 """Erases a concept from Stable Diffusion by fine-tuning its U-Net, without a single image: ESD.
 
     python erase.py "Van Gogh" --out van-gogh.safetensors
-    python erase.py "star" @notebooks/toy/flags --out runs/star.safetensors
 
 Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, arxiv.org/abs/2303.07345.
 Equation and section numbers are the paper's. Symbols: c concept, null empty prompt; x_t latent at
@@ -16,9 +15,9 @@ import zlib
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
+import safetensors.torch
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
@@ -48,7 +47,6 @@ def esd_target(eps_null: Tensor, eps_c: Tensor, eta: float) -> Tensor:
 def esd_loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
              eta: float = 1.0) -> Tensor:
     """Eq. 6 as a loss, (B,): the mean square of eps_theta(x_t, c, t) - target over each sample.
-
     unet and frozen take (x_t, t, c), c one of the features in text; x_t is (B, 4, H, W), t is (B,).
     """
     with torch.no_grad():
@@ -151,17 +149,20 @@ def save(theta: dict[str, Tensor], path: Path, settings: dict) -> None:
     tensors = {name: tensor.half().cpu() for name, tensor in theta.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError("theta isn't finite, nothing was saved: try a smaller --lr or --eta")
-    metadata = {"settings": json.dumps(settings, default=str)}
-    sample.write_whole(path, lambda part: save_file(tensors, part, metadata))
+    whole = safetensors.torch.save(tensors, {"settings": json.dumps(settings, default=str)})
+    sample.write_whole(path, lambda part: part.write_bytes(whole))
 
 
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    sample.check_out(args.out, ".safetensors", new=True)
+    kept = args.out.with_suffix(f".{zlib.crc32(repr(args).encode()):08x}.checkpoint")
+    sample.check_out(args.out, ".safetensors", new=not kept.exists())
     try:
         loss_fn = pkgutil.resolve_name(args.loss)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--loss {args.loss}: {error}") from error
+    if any("," in concept for concept in args.concepts):
+        print('A comma is part of a concept. To erase two, write "star" "heart".')
     sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
     data = lambda *how: own_ways(*how, args.every_step)
     if args.image:
@@ -169,7 +170,6 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{len(args.image)} images for {len({*args.concepts})} concepts")
         images = sd.encode_images([Image.open(file) for file in args.image])
         data = lambda unet, texts, shape, steps, _, rng: noised(images, texts, shape, steps, rng)
-    kept = args.out.with_suffix(f".{zlib.crc32(repr(args).encode()):08x}.checkpoint")
     theta = erase(sd, {c: args.anchor or c for c in args.concepts}, args.method, args.eta, args.lr,
                   args.iterations, loss_fn, data, args.guidance, args.steps, args.batch, args.seed,
                   kept)

@@ -1,23 +1,18 @@
 """Images from prompts: loads Stable Diffusion v1 in any published form and samples it with DDIM.
 
     python sample.py "a red star" --model notebooks/toy --num 4 --out star.png
+    sd = sample.load("sd-v1-4.ckpt"); images = sample.generate(sd, ["a red star"], num=4)
 
-    sd = sample.load("notebooks/toy")      # or sd-v1-4.ckpt, or a name on the hub
-    images = sample.generate(sd, ["a red star", "a moon"], num=4, seed=0)
-
-Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. From a prompt to an image: tokens,
-text encoder (clip_text.py), latents from noise by DDIM (ddim.py) with the U-Net (unet.py), VAE
-decoder (vae.py). To follow a prompt, read down to `generate`.
+Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. To follow a prompt, see `generate`.
 """
 
 import argparse
 import json
-import os
 import re
 import shlex
+import signal
 import sys
 import warnings
-import zipfile
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +22,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -68,18 +63,29 @@ class StableDiffusion:
     def encode_images(self, images: list[Image.Image]) -> Tensor:
         """B images, cropped to the model's size -> the U-Net's latents (B, 4, H, W)."""
         side = self.unet.config.sample_size * self.vae.config.factor
-        pixels = np.stack([ImageOps.fit(image.convert("RGB"), (side, side)) for image in images])
+        pixels = np.stack([ImageOps.fit(as_seen(image), (side, side)) for image in images])
         scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, 8H, 8W)
         mean, _ = self.vae.encode(scaled.to(self.device, self.dtype))
         return (mean * self.vae.config.scaling_factor).float()
 
     @torch.no_grad()
-    def decode(self, x_0: Tensor) -> list[Image.Image]:
+    def decode(self, x_0: Tensor, what: str = "an image") -> list[Image.Image]:
         """The U-Net's latents (B, 4, H, W) -> B images of 8H x 8W pixels."""
         latents = (x_0 / self.vae.config.scaling_factor).to(self.dtype)
         images = self.vae.decode(latents)  # (B, 3, 8H, 8W), -1..1
+        if not images.isfinite().all():
+            raise ValueError(f"{what} has pixels that aren't numbers: try --dtype float32")
         pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """RGB as a viewer shows it: turned as its EXIF says, on white, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def starting_noise(sd: StableDiffusion, num: int, seed: int,
@@ -105,7 +111,6 @@ def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | 
              negative: str = "", batch: int = 8, progress: bool = False,
              guided: Callable = ddim.guided) -> list[Image.Image]:
     """Returns `num` images of each prompt, prompt by prompt.
-
     seed: one number, which gives every prompt the same `num` noises, or one for each prompt.
     size: in pixels, one side or (width, height); None is the size the model was trained on.
     negative: takes the empty prompt's place in the guidance. batch: images made at once.
@@ -122,7 +127,7 @@ def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | 
         for x_t, c in zip(noise.to(sd.device).split(batch), text.split(batch), strict=True):
             for t, x_t in ddim.denoise(guided(sd.unet, c, null.expand_as(c), guidance), x_t, steps):
                 bar.update(len(x_t) if t else 0)  # t = 0 is the image, not a step
-            images += sd.decode(x_t)
+            images += sd.decode(x_t, f"the batch from {prompts[len(images) // num]!r} on")
     return images
 
 
@@ -142,15 +147,13 @@ def contact_sheet(rows: list[tuple], least: int = 96) -> Image.Image:
 
 
 class Inert:
-    """Takes the place of any class in a pickle that isn't a tensor's; does nothing."""
-
+    """In a pickle, takes the place of what torch doesn't allow; no published code is ever run."""
     __init__ = __setstate__ = lambda self, *args: None
 
 
-# What published pickles name beyond what torch allows. None of that code is ever run.
-INERT = [(Inert, name) for name in (
+INERT = [(Inert, name) for name in (  # that published checkpoints have
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "numpy.core.multiarray.scalar", "numpy.dtype")]
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -159,20 +162,23 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         with open(file, "rb") as opened:
-            if opened.read(9)[8:] == b"{":  # safetensors: a length, then JSON
-                return load_file(file)
+            head = opened.read(9)
+        if head == b"version h":
+            raise ValueError("it is a git-lfs pointer, run `git lfs pull`")
+        if head[8:] == b"{":  # safetensors: a length, then JSON
+            with safe_open(file, "pt") as opened:
+                ddim.check_schedule(opened.metadata() or {})
+            return load_file(file)
         with torch.serialization.safe_globals(INERT):
-            found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        tensors = {}
-        for name, value in found.get("state_dict", found).items():
-            inner = value.items() if isinstance(value, dict) else [("", value)]  # or a module
-            tensors |= {f"{name}.{key}".rstrip("."): tensor for key, tensor in inner
-                        if isinstance(tensor, Tensor)}
-        return tensors
+            found = torch.load(file, "cpu", weights_only=True, mmap=head[:2] == b"PK")  # a zip
+        return {f"{name}.{key}".rstrip("."): tensor  # of a module, or the tensor itself
+                for name, value in found.get("state_dict", found).items()
+                for key, tensor in (value.items() if isinstance(value, dict) else [("", value)])
+                if isinstance(tensor, Tensor)}
     except Exception as error:  # a damaged file can raise anything
         asked = re.search(r"GLOBAL \S+", str(error))  # by the restricted unpickler
-        raise ValueError(f"{file} is no file of tensors, or is damaged; nothing in it was run: "
-                         f"{asked[0] if asked else one_line(error)}") from error
+        why = f"{asked[0]}, look for a .safetensors of it" if asked else one_line(error)
+        raise ValueError(f"{file} can't be used; nothing in it ran: {why}") from error
 
 
 def read_json(file: Path) -> dict:
@@ -200,10 +206,11 @@ def read_model(path: Path, ema: bool) -> tuple[dict[str, Any], dict[str, Tensor]
     """Each part's config, and all tensors as `unet.NAME`, of a folder in diffusers' layout or a
     single file in CompVis's. ema: of a file's two U-Nets, the averaged one.
     """
-    schedule, configs, tensors = path / "scheduler/scheduler_config.json", {}, {}
-    if schedule.is_file() and read_json(schedule).get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"{schedule} isn't of a model that predicts epsilon: use SD v1 weights")
+    schedule, yaml = path / "scheduler/scheduler_config.json", path.with_suffix(".yaml")
+    said, configs, tensors = read_json(schedule) if schedule.is_file() else {}, {}, {}
     single = read_tensors(path) if path.is_file() else {}
+    said |= re.findall(r"(parameterization)\W+(\w+)", yaml.read_text() if yaml.is_file() else "")
+    ddim.check_schedule(said)
     for name, part in PARTS.items():
         if single:
             configs[name] = part.config()
@@ -216,25 +223,25 @@ def read_model(path: Path, ema: bool) -> tuple[dict[str, Any], dict[str, Tensor]
             configs[name] = part.module.config_from_json(read_json(path / name / "config.json"))
             files = [path / name / file for file in part.files]
             own = read_tensors(next((file for file in files if file.is_file()), files[0]))
+        for field, size in vars(configs[name]).items():
+            most = 100 if "layers" in field else 100_000
+            if type(size) is not type(getattr(part.config, field)) or not 0 <= np.max(size) <= most:
+                raise ValueError(f"{path / name} has {field} = {size}")
         for key, tensor in part.module.rename(own, configs[name]).items():
             tensors[f"{name}.{key}"] = tensor
     return configs, tensors | {key: single[key] for key in single if "." in key}  # not the schedule
 
 
 def fit(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> list[str]:
-    """Gives a model on the meta device its tensors; returns the names that aren't the model's.
-    Raises ValueError where one is missing or has another shape.
-    """
-    expected = model.state_dict()
-    wrong = [f"{name} is missing" for name in expected if name not in tensors]
-    wrong += [f"{name} is {[*tensors[name].shape]}, not {[*tensor.shape]}" for name, tensor in
-              expected.items() if name in tensors and tensors[name].shape != tensor.shape]
+    """Gives a model its tensors; returns those that it has no place for. Raises ValueError."""
+    shapes = {name: [*tensor.shape] for name, tensor in tensors.items()}
+    wrong = [f"{name}: {shapes.get(name, 'missing')}, expected {[*tensor.shape]}"
+             for name, tensor in model.state_dict().items() if shapes.get(name) != [*tensor.shape]]
     if wrong:
         raise ValueError(f"{path} doesn't fit Stable Diffusion v1, {len(wrong)} tensors differ: "
-                         f"{'; '.join(wrong[:3])}")
-    model.load_state_dict({name: tensors[name] for name in expected}, assign=True)
-    model.requires_grad_(False)
-    return [name for name in tensors if name not in expected]
+                         f"{', '.join(wrong[:3])}; it has {', '.join([*tensors][:3])}")
+    _, extra = model.requires_grad_(False).load_state_dict(tensors, strict=False, assign=True)
+    return extra
 
 
 def download(name: str) -> Path:
@@ -250,7 +257,6 @@ def download(name: str) -> Path:
 def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto",
          tokenizer: str | Path | None = None, ema: bool = False) -> StableDiffusion:
     """Loads Stable Diffusion v1 from a folder in diffusers' layout, a CompVis file, or the hub.
-
     dtype: auto is float32 on the CPU, elsewhere bfloat16, or float16 where that is emulated.
     tokenizer: a folder or a hub name; None is the checkpoint's own. ema: of a file with two
     U-Nets, the averaged one. Raises ValueError for what isn't a whole Stable Diffusion v1.
@@ -266,55 +272,49 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
         with torch.device("meta"):  # takes no memory
             parts = nn.ModuleDict({name: PARTS[name].model(configs[name]) for name in PARTS})
         extra = fit(parts, tensors, path)
-        own = path.with_name("tokenizer") if path.is_file() else path / "tokenizer"
-        words = tokenizer or (CLIP if path.is_file() and not own.exists() else own)
-        sd = StableDiffusion(*parts.to(device, getattr(torch, dtype)).values(),
-                             CLIPTokenizer.from_pretrained(words))
+        near = path / "tokenizer", path.parent / "tokenizer", path.parent / "vocab.json"
+        words = str(tokenizer or next((place for place in near if place.exists()), CLIP))
+        try:
+            sd = StableDiffusion(*parts.to(device, getattr(torch, dtype)).values(),
+                                 CLIPTokenizer.from_pretrained(words.removesuffix("vocab.json")))
+        except Exception as error:
+            raise ValueError(f"no tokenizer in {words}, see --tokenizer: {error}") from error
         text = sd.text_encoder.config
         if (len(sd.tokenizer), text.hidden_size, sd.vae.config.latent_channels) != (
                 text.vocab_size, sd.unet.config.cross_attention_dim, sd.unet.config.in_channels):
-            raise ValueError(f"its parts and the tokenizer {words} aren't of one model")
+            raise ValueError(f"its parts and --tokenizer {words} aren't of one model")
     except Exception as error:  # damaged files and missing devices can raise anything
         raise ValueError(f"can't load {model}: {one_line(error)}") from error
     if extra:
-        print(f"{path}: left out {len(extra)} tensors that no part of the model has: "
-              f"{', '.join(extra[:3])}", file=sys.stderr)
+        print(f"{path}: left out {len(extra)} tensors: {', '.join(extra[:3])}", file=sys.stderr)
     return sd
 
 
 def with_tuned(sd: StableDiffusion, tuned: dict, path: str = "theta") -> StableDiffusion:
-    """The model with some of the U-Net's tensors replaced; it shares all others with `sd`. Raises
-    ValueError where tuned is empty, or has a name or a shape that the U-Net doesn't have.
-    """
+    """The model with some of the U-Net's tensors replaced, sharing the rest. Raises ValueError."""
     tuned = {name: tensor.detach().to(sd.device, sd.dtype) for name, tensor in tuned.items()}
     with torch.device("meta"):
         edited = unet.UNet(sd.unet.config)
     extra = fit(edited, sd.unet.state_dict() | tuned, path)
     if extra or not tuned:
-        raise ValueError(f"{path} has {len(tuned)} tensors, {len(extra)} of which the U-Net "
-                         f"doesn't have: {', '.join(extra[:3])}")
+        raise ValueError(f"{path} has {len(tuned)} tensors, not the U-Net's: {extra[:3]}")
     return replace(sd, unet=edited)
 
 
 def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
-    """The model with a file's erased weights; `sd` stays as it is.
-
-    Any published form: a whole or partial U-Net, tensors or modules of tensors, in diffusers'
-    names (with or without `unet.`) or CompVis's. Raises ValueError as `with_tuned` does.
-    """
+    """The model with a file's erased weights, in any published form. Raises ValueError."""
     tensors, prefix = read_tensors(Path(path)), PARTS["unet"].prefix
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-           if name.startswith(prefix)} or tensors  # a whole checkpoint has other parts, too
-    bare = {name.removeprefix("unet."): tensor for name, tensor in own.items()}
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)} or tensors
+    bare = {name.removeprefix(prefix).removeprefix("unet."): own[name] for name in own}
     return with_tuned(sd, unet.rename(bare, sd.unet.config), str(path))
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` make a file next to `path`, then moves it there, so it is never half-written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
     try:
         write(part)
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -337,7 +337,7 @@ def check_out(path: Path, suffix: str, new: bool = False) -> None:
 def one_line(error: Exception) -> str:
     """What an error says, in one short line."""
     name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return name + " ".join(str(error).split())[:250]
+    return " ".join(f"{name}{error}".split())[:290]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -347,17 +347,17 @@ def run(args: argparse.Namespace) -> None:
     sd = load_erased(sd, args.erased) if args.erased else sd
     images = generate(sd, args.prompts, args.num, args.seed, args.steps, args.guidance, args.size,
                       args.negative, args.batch, progress=True)
-    rows = [(prompt, images[i * args.num:(i + 1) * args.num])
-            for i, prompt in enumerate(args.prompts)]
+    rows = [(prompt, images[i * args.num:][:args.num]) for i, prompt in enumerate(args.prompts)]
     save_png(contact_sheet(rows), args.out, vars(args))
     print(args.out)
 
 
 def fail_in_one_line(run: Callable, args: argparse.Namespace) -> None:
     """Runs a command; bad input ends it with one line and exit status 2, without a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-done stays
     try:
         run(args)
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # torch's for memory, and for a full disk
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -24,15 +24,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full_size: needs 10 GB of disk and minutes; -m full_size")
+    config.addinivalue_line("markers", "fuzz: damaged files and killed commands, minutes; -m fuzz")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Full-size tests run only on request."""
-    if "full_size" not in config.option.markexpr:
-        skip = pytest.mark.skip(reason="full-size, needs -m full_size")
-        for item in items:
-            if "full_size" in item.keywords:
-                item.add_marker(skip)
+    """What takes long runs only on request."""
+    for marker in ("full_size", "fuzz"):
+        if marker not in config.option.markexpr:
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=f"takes long, needs -m {marker}"))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ import functools
 import inspect
 import itertools
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -487,11 +489,11 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="theta isn't finite, nothing was saved"):
             erase.save({"a": torch.full((1,), beyond)}, path, {})
 
-    def break_off(tensors, part, metadata):
-        part.write_bytes(b"half of it")
+    def break_off(part, data):
+        part.open("wb").write(data[:len(data) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(erase, "save_file", break_off)
+    monkeypatch.setattr(Path, "write_bytes", break_off)
     with pytest.raises(OSError):
         erase.save({"a": torch.zeros(1)}, path, {})
     assert load_file(path)["a"].item() == 1 and [*tmp_path.iterdir()] == [path]
@@ -499,7 +501,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_file_of_another_model_is_refused(sd, tmp_path):
     save_file({"down_blocks.9.weight": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="the U-Net doesn't have: down_blocks.9.weight"):
+    with pytest.raises(ValueError, match="has 1 tensors, not the U-Net's: .'down_blocks.9.weight'"):
         sample.load_erased(sd, tmp_path / "other")
     save_file({}, tmp_path / "empty")
     with pytest.raises(ValueError, match="empty has 0 tensors"):
@@ -595,6 +597,26 @@ def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, argume
     line, = capsys.readouterr().err.strip().splitlines()
     assert says in line and line.startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_user_chose(folder, tmp_path, monkeypatch, no_images, umask,
+                                                 mode):
+    before = os.umask(umask)
+    try:
+        run_main(monkeypatch, "star", "--model", folder, "--iterations", 0, "--steps", 1,
+                 "--out", tmp_path / "star.safetensors")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {mode}
+
+
+def test_a_comma_is_part_of_a_concept(folder, tmp_path, monkeypatch, capsys, no_images):
+    how = ("--model", folder, "--iterations", 0, "--steps", 1, "--out")
+    run_main(monkeypatch, "star, heart", *how, tmp_path / "one.safetensors")
+    assert 'To erase two, write "star" "heart".' in capsys.readouterr().out
+    run_main(monkeypatch, "star", "heart", *how, tmp_path / "two.safetensors")
+    assert "A comma" not in capsys.readouterr().out
 
 
 def test_what_exists_is_not_overwritten(folder, tmp_path, monkeypatch, capsys):

@@ -63,3 +63,10 @@ def test_links_to_files_work(page):
     links = re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', file.read_text())
     local = [path for path in map("".join, links) if not path.startswith("http")]
     assert all((file.parent / path).exists() for path in local), local
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_opened_alone_says_what_to_do(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match="clone the whole project"):
+        exec("".join(code_cells(file)[0]["source"]), {})

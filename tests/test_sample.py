@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -34,7 +35,7 @@ def fails_in_one_line(monkeypatch, capsys, *arguments):
         run_main(monkeypatch, *arguments)
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and "Traceback" not in lines[0]
+    assert len(lines) == 1 and "Traceback" not in lines[0] and len(lines[0]) <= 300
     return lines[0]
 
 
@@ -72,7 +73,7 @@ def test_dtype_is_chosen(folder):
     assert sd.encode(["star"]).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_a_folder_without_a_part_is_refused(folder, tmp_path, part):
     copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
     with pytest.raises(ValueError, match=f"can't load {copy}: .*/copy/{part}"):
@@ -97,9 +98,9 @@ def changed_unet(folder, tmp_path, change):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("conv_in.bias"), "1 tensors differ: unet.conv_in.bias is missing"),
+    (lambda w: w.pop("conv_in.bias"), "1 tensors differ: unet.conv_in.bias: missing"),
     (lambda w: w.update({"conv_in.bias": torch.zeros(5)}),
-     r"1 tensors differ: unet.conv_in.bias is \[5\], not \[32\]"),
+     r"1 tensors differ: unet.conv_in.bias: \[5\], expected \[32\]"),
 ])
 def test_wrong_tensors_are_named(folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
@@ -112,7 +113,7 @@ def test_tensors_that_no_part_has_are_left_out_and_named(sd, folder, tmp_path, c
     loaded = sample.load(copy)
     assert loaded.unet.state_dict().keys() == sd.unet.state_dict().keys()
     line, = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"{copy}: left out 4 tensors that no part of the model has: ")
+    assert line.startswith(f"{copy}: left out 4 tensors: ")
     assert line.endswith("unet.extra.0, unet.extra.1, unet.extra.2")
     sample.load(folder)
     assert capsys.readouterr().err == ""
@@ -122,7 +123,7 @@ def test_a_truncated_file_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     data = (copy / UNET_FILE).read_bytes()
     (copy / UNET_FILE).write_bytes(data[:len(data) // 2])
-    with pytest.raises(ValueError, match="is no file of tensors, or is damaged"):
+    with pytest.raises(ValueError, match="can't be used"):
         sample.load(copy)
 
 
@@ -201,6 +202,67 @@ def test_an_image_becomes_the_vaes_latents(sd):
     pixels = torch.tensor(list(image.tobytes())).view(1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
     assert torch.allclose(x_0, sd.vae.encode(pixels)[0][0] * 0.18215, atol=1e-6)
     assert sd.encode_images([image.resize((640, 320)), image]).shape == (2, 4, 8, 8)
+
+
+# What isn't a picture
+
+def broken_vae(folder, tmp_path):
+    """A copy whose decoder overflows, as a VAE may in float16."""
+    copy, name = shutil.copytree(folder, tmp_path / "broken"), "decoder.conv_out.bias"
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {name: torch.tensor([0.0, float("inf"), 0.0])}, file)
+    return copy
+
+
+def test_what_is_not_finite_is_no_picture(folder, tmp_path, monkeypatch, capsys):
+    model, out = broken_vae(folder, tmp_path), tmp_path / "x.png"
+    line = fails_in_one_line(monkeypatch, capsys, "a star", "a moon", "--model", model, "--steps",
+                             1, "--batch", 1, "--out", out)
+    assert "the batch from 'a star' on has pixels that aren't numbers: try --dtype float32" in line
+    assert not out.exists()
+
+
+def test_the_first_prompt_of_the_batch_that_broke_is_named(sd):
+    decoded = []
+
+    def decode(z):
+        decoded.append(z)
+        return torch.full((1, 3, 8, 8), float("nan") if len(decoded) == 4 else 0.0)
+
+    broken = replace(sd, vae=SimpleNamespace(config=sd.vae.config, decode=decode))
+    with pytest.raises(ValueError, match="from 'a moon' on"):
+        sample.generate(broken, ["a star", "a moon"], num=3, steps=1, batch=1)
+
+
+@pytest.mark.parametrize("mode, pixel, shown", [
+    ("RGB", (10, 20, 30), (10, 20, 30)),
+    ("RGBA", (10, 20, 30, 0), (255, 255, 255)), ("LA", (0, 0), (255, 255, 255)),
+    ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+    ("I;16", 257 * 100, (100, 100, 100)), ("I", 257 * 100, (100, 100, 100)),
+    ("L", 7, (7, 7, 7)), ("1", 1, (255, 255, 255)), ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+])
+def test_an_image_is_what_a_viewer_shows(mode, pixel, shown):
+    seen = sample.as_seen(Image.new(mode, (4, 4), pixel))
+    assert seen.mode == "RGB" and seen.getpixel((1, 1)) == shown
+
+
+def test_a_transparent_palette_is_put_on_white():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([255, 0, 0] + [0] * 765)
+    image.info["transparency"] = 0
+    assert sample.as_seen(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_image_is_turned_as_its_exif_says(sd, tmp_path):
+    upright = Image.new("RGB", (64, 64), "red")
+    upright.paste("blue", (0, 0, 64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # taken upside down
+    upright.rotate(180).save(tmp_path / "photo.png", exif=exif)
+    photo = Image.open(tmp_path / "photo.png")
+    assert torch.equal(sd.encode_images([photo]), sd.encode_images([upright]))
+    as_stored = Image.fromarray(np.asarray(photo))  # without the EXIF
+    assert not torch.equal(sd.encode_images([photo]), sd.encode_images([as_stored]))
 
 
 # The contact sheet
@@ -295,9 +357,11 @@ def test_an_interrupted_command_says_so_in_one_line(folder, tmp_path, monkeypatc
     (["--batch", "0"], "batch 0"),
     (["--erased", "nothing.safetensors"], "nothing.safetensors"),
     (["--device", "abacus"], "Expected one of cpu"),
+    (["--device", "mps"], "mps"),
     (["--dtype", "int3"], "int3"),
     (["--tokenizer", "nowhere"], "nowhere"),
     (["--seed", "-1"], "seed is -1"),
+    (["--model", "no" * 500], "can't load nono"),
     (["--out", "image.jpg"], "image.jpg can't be written: choose a new name in .png"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
@@ -308,16 +372,8 @@ def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, argume
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
-    """Neither touches the other's half-written file; the last to finish wins."""
-    file = tmp_path / "both.txt"
-
-    def write(part):
-        part.write_text("first")
-        with monkeypatch.context() as other:
-            other.setattr(sample.os, "getpid", lambda: -1)
-            sample.write_whole(file, lambda part: part.write_text("second"))
-        assert file.read_text() == "second"
-
-    sample.write_whole(file, write)
-    assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]
+def test_what_a_killed_run_left_is_written_over(tmp_path):
+    file = tmp_path / "file.txt"
+    (tmp_path / "file.txt.part").write_text("half of a longer te")
+    sample.write_whole(file, lambda part: part.write_text("whole"))
+    assert file.read_text() == "whole" and list(tmp_path.iterdir()) == [file]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sample import StableDiffusion
+from sample import PARTS, StableDiffusion
 
 from . import small
 
@@ -79,6 +79,14 @@ def compvis_weights(sd: StableDiffusion, ema: bool = False) -> dict[str, Tensor]
         "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
         **{name: torch.zeros(1000) for name in ("betas", "alphas_cumprod", "posterior_variance")}}
+
+
+def read_as_small(folder: Path, monkeypatch) -> None:
+    """Single files are taken for full-size ones; from here on, for ones of the folder's size."""
+    for name, part in PARTS.items():
+        config = json.loads((folder / name / "config.json").read_text())
+        defaults = tuple(vars(part.module.config_from_json(config)).values())
+        monkeypatch.setattr(part.config.__init__, "__defaults__", defaults)
 
 
 class Stranger:
