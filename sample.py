@@ -319,10 +319,11 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         part.unlink(missing_ok=True)
 
 
-def save_png(image: Image.Image, path: Path, settings: dict) -> None:
-    """Writes a PNG whose text chunk says how it was made."""
+def save_png(image: Image.Image, path: Path, settings: dict, **texts: str) -> None:
+    """Writes a PNG whose text chunks say how it was made: `settings` in JSON, and more `texts`."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("settings", json.dumps(settings, default=str))
+    for key, text in {"settings": json.dumps(settings, default=str), **texts}.items():
+        info.add_itxt(key, text)
     write_whole(path, lambda part: image.save(part, format="PNG", pnginfo=info))
 
 
@@ -383,7 +384,6 @@ def parser(description: str, what: str, help: str) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Reads the command line."""
     flags = parser("Images from prompts.", "PROMPT", "one row of images for each")
     add = flags.add_argument
     add("--erased", type=Path, help="weights that erase.py wrote, or any published ones")

@@ -231,6 +231,27 @@ def test_bad_tables_get_one_line(content, says, draw, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("prompt", ["a star", 'a "star": red, 5', "two\nlines", "a: b, Steps: 3"])
+@pytest.mark.parametrize("negative", ["", "blue, grey: none"])
+def test_an_image_is_drawn_again_from_the_text_that_a1111_writes(prompt, negative, sd, draw):
+    """The prompt, a line `Negative prompt: ...` if there is one, a last line of settings."""
+    quoted = prompt.replace('"', '""')
+    out = draw(f'prompt,evaluation_seed,evaluation_guidance\n"{quoted}",11,3.5\n', "--size", 64,
+               *(["--negative", negative] if negative else []))
+    with Image.open(out / "0_0.png") as image:
+        *lines, last = image.text["parameters"].split("\n")
+        drawn = image.tobytes()
+    settings = dict(part.split(": ") for part in last.split(", "))
+    assert settings.pop("Sampler") == "DDIM" and settings.pop("RNG") == "CPU"
+    found = lines.pop().removeprefix("Negative prompt: ") if negative else ""
+    assert ("\n".join(lines), found) == (prompt, negative)
+    again, = sample.generate(
+        sd, "\n".join(lines), seed=int(settings["Seed"]), steps=int(settings["Steps"]),
+        guidance=float(settings["CFG scale"]), negative=found,
+        size=tuple(map(int, settings["Size"].split("x"))))
+    assert again.tobytes() == drawn
+
+
 def test_what_is_not_finite_is_no_picture(folder, draw, tmp_path, capsys):
     """The rows before it are there, the row itself isn't, so that a second run draws it."""
     prompts, generate = [], sample.generate

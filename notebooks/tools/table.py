@@ -88,6 +88,13 @@ def read_table(file: Path, guidance: float = 7.5, size: int | None = None,
     return [*rows.values()]
 
 
+def parameters(row: Row, args: argparse.Namespace, width: int, height: int) -> str:
+    """What A1111 writes into a picture, for programs that read it back."""
+    negative = f"Negative prompt: {args.negative}\n" if args.negative else ""
+    return (f"{row.prompt}\n{negative}Steps: {args.steps}, Sampler: DDIM, CFG scale: "
+            f"{row.guidance:g}, Seed: {row.seed}, Size: {width}x{height}, RNG: CPU")
+
+
 def draw(sd: sample.StableDiffusion, rows: list[Row], guided: Callable, args: argparse.Namespace,
          progress: bool) -> None:
     """Writes the images of all rows, in batches of rows of the same guidance and size."""
@@ -102,7 +109,8 @@ def draw(sd: sample.StableDiffusion, rows: list[Row], guided: Callable, args: ar
         for k, image in enumerate(images):
             row, i = part[k // args.num], k % args.num
             settings = vars(args) | row._asdict() | {"size": image.size, "image": i}
-            sample.save_png(image, args.out / f"{row.case}_{i}.png", settings)
+            sample.save_png(image, args.out / f"{row.case}_{i}.png", settings,
+                            parameters=parameters(row, args, *image.size))
 
 
 def run(args: argparse.Namespace) -> None:
