@@ -156,10 +156,10 @@ def save(theta: dict[str, Tensor], path: Path, settings: dict) -> None:
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     kept = args.out.with_suffix(f".{zlib.crc32(repr(args).encode()):08x}.checkpoint")
-    sample.check_out(args.out, ".safetensors", new=not kept.exists())
+    sample.check_out(args.out, ".safetensors", new=args.out.exists() or not kept.exists())
     try:
-        loss_fn = pkgutil.resolve_name(args.loss)
-    except (ImportError, AttributeError) as error:
+        loss_fn = pkgutil.resolve_name(args.loss).__call__  # an AttributeError if it has none
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"--loss {args.loss}: {error}") from error
     if any("," in concept for concept in args.concepts):
         print('A comma is part of a concept. To erase two, write "star" "heart".')
@@ -170,14 +170,14 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{len(args.image)} images for {len({*args.concepts})} concepts")
         images = sd.encode_images([Image.open(file) for file in args.image])
         data = lambda unet, texts, shape, steps, _, rng: noised(images, texts, shape, steps, rng)
-    theta = erase(sd, {c: args.anchor or c for c in args.concepts}, args.method, args.eta, args.lr,
-                  args.iterations, loss_fn, data, args.guidance, args.steps, args.batch, args.seed,
-                  kept)
+    anchored = args.concepts if args.anchor is None else dict.fromkeys(args.concepts, args.anchor)
+    theta = erase(sd, anchored, args.method, args.eta, args.lr, args.iterations, loss_fn, data,
+                  args.guidance, args.steps, args.batch, args.seed, kept)
     models = {"before": sd, "after": sample.with_tuned(sd, theta)}
     rows = [(f"{text}, {when}", sample.generate(model, [text], 4, args.seed, 25, progress=True))
             for text in args.concepts + args.show for when, model in models.items()]
-    save(theta, args.out, vars(args))
     sample.save_png(sample.contact_sheet(rows), args.out.with_suffix(".png"), vars(args))
+    save(theta, args.out, vars(args))
     kept.unlink(missing_ok=True)
     print(f"{sum(part.numel() for part in theta.values()):,} parameters tuned: {args.out}, .png")
 
@@ -193,12 +193,12 @@ def main() -> None:
     add("--loss", default="erase:esd_loss", metavar="MODULE:FUNCTION", help="a loss of your own")
     add("--every-step", action="store_true", help="learn at every step on the way to an image")
     add("--anchor", metavar="PROMPT", help="what x_t is drawn for, if not for the concept")
-    add("--image", type=Path, nargs="+", metavar="FILE", help="x_t from an image for each concept")
+    add("--image", type=Path, nargs="+", metavar="FILE", help="one image per concept, for x_t")
     add("--guidance", type=float, default=3.0, help="guidance scale for x_t")
     add("--batch", type=int, default=1, help="latents in a gradient step")
     add("--show", nargs="+", default=[], metavar="PROMPT", help="to be shown before and after, too")
     add("--out", type=Path, default=Path("erased.safetensors"), help="the image goes next to it")
-    sample.fail_in_one_line(run, flags.parse_intermixed_args())
+    sample.fail_in_one_line(run, flags)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class StableDiffusion:
         latents = (x_0 / self.vae.config.scaling_factor).to(self.dtype)
         images = self.vae.decode(latents)  # (B, 3, 8H, 8W), -1..1
         if not images.isfinite().all():
-            raise ValueError(f"{what} has pixels that aren't numbers: try --dtype float32")
+            raise ValueError(f"{what} has non-finite pixels: try --dtype float32")
         pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -147,11 +147,11 @@ def contact_sheet(rows: list[tuple], least: int = 96) -> Image.Image:
 
 
 class Inert:
-    """In a pickle, takes the place of what torch doesn't allow; no published code is ever run."""
+    """Stands in for what torch doesn't allow in a pickle; no published code is ever run."""
     __init__ = __setstate__ = lambda self, *args: None
 
 
-INERT = [(Inert, name) for name in (  # that published checkpoints have
+INERT = [(Inert, name) for name in (  # found in published checkpoints
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
 
@@ -258,8 +258,7 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
          tokenizer: str | Path | None = None, ema: bool = False) -> StableDiffusion:
     """Loads Stable Diffusion v1 from a folder in diffusers' layout, a CompVis file, or the hub.
     dtype: auto is float32 on the CPU, elsewhere bfloat16, or float16 where that is emulated.
-    tokenizer: a folder or a hub name; None is the checkpoint's own. ema: of a file with two
-    U-Nets, the averaged one. Raises ValueError for what isn't a whole Stable Diffusion v1.
+    tokenizer: None is the checkpoint's own. ema: of two U-Nets, the averaged. Raises ValueError.
     """
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -267,15 +266,16 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
         emulated = "cuda" in device and not torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "float32" if device == "cpu" else "float16" if emulated else "bfloat16"
     try:
-        path = Path(model) if Path(model).exists() else download(str(model))
+        path = Path(model).absolute() if Path(model).exists() else download(str(model))
         configs, tensors = read_model(path, ema)
         with torch.device("meta"):  # takes no memory
             parts = nn.ModuleDict({name: PARTS[name].model(configs[name]) for name in PARTS})
         extra = fit(parts, tensors, path)
+        parts.to(device, getattr(torch, dtype))
         near = path / "tokenizer", path.parent / "tokenizer", path.parent / "vocab.json"
         words = str(tokenizer or next((place for place in near if place.exists()), CLIP))
         try:
-            sd = StableDiffusion(*parts.to(device, getattr(torch, dtype)).values(),
+            sd = StableDiffusion(*parts.values(),
                                  CLIPTokenizer.from_pretrained(words.removesuffix("vocab.json")))
         except Exception as error:
             raise ValueError(f"no tokenizer in {words}, see --tokenizer: {error}") from error
@@ -331,7 +331,7 @@ def check_out(path: Path, suffix: str, new: bool = False) -> None:
     """Makes a file's folder. With new, neither the file nor the .png next to it may exist."""
     taken = [file for file in (path, path.with_suffix(".png")) if new and file.exists()]
     if path.suffix != suffix or path.is_dir() or taken:
-        raise ValueError(f"{[*taken, path][0]} can't be written: choose a new name in {suffix}")
+        raise ValueError(f"{[*taken, path][0]} can't be written: choose a new {suffix} name")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -353,11 +353,11 @@ def run(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def fail_in_one_line(run: Callable, args: argparse.Namespace) -> None:
+def fail_in_one_line(run: Callable, flags: argparse.ArgumentParser) -> None:
     """Runs a command; bad input ends it with one line and exit status 2, without a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-done stays
     try:
-        run(args)
+        run(flags.parse_intermixed_args())
     except (ValueError, OSError, RuntimeError) as error:  # torch's for memory, and for a full disk
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -393,7 +393,7 @@ def main() -> None:
     add("--size", type=int, help="pixels; by default the model's own")
     add("--batch", type=int, default=8, help="images made at once")
     add("--out", type=Path, default=Path("sample.png"), help="the contact sheet")
-    fail_in_one_line(run, flags.parse_intermixed_args())
+    fail_in_one_line(run, flags)
 
 
 if __name__ == "__main__":

@@ -587,9 +587,11 @@ def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch
     (["--image", "README.md"], "cannot identify image file 'README.md'"),
     (["--image", "nowhere.png"], "nowhere.png"),
     (["--loss", "nowhere:loss"], "--loss nowhere:loss: No module named 'nowhere'"),
+    (["--loss", "erase"], "--loss erase: module 'erase' has no attribute '__call__'"),
+    (["--loss", "./my.py:loss"], "--loss ./my.py:loss: invalid format"),
     (["--loss", "erase:nothing"], "--loss erase:nothing: module 'erase' has no attribute"),
     (["--seed", "-1"], "seed is -1"),
-    (["--out", "star.png"], "star.png can't be written: choose a new name in .safetensors"),
+    (["--out", "star.png"], "star.png can't be written: choose a new .safetensors name"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
     out = tmp_path / "star.safetensors"

@@ -112,11 +112,26 @@ def test_the_least_rank_is_taken():
         assert (up @ down - a).norm() <= error * a.norm() + 1e-5
 
 
+def test_what_a_lora_cannot_hold_is_refused(sd, folder, tmp_path, monkeypatch, capsys):
+    name, out = "conv_in.bias", tmp_path / "out.safetensors"
+    for change, form, flags, says in (
+            (1.0, "lora", [], "no weight matrix was changed"),
+            (torch.inf, "esd", [], "aren't finite: nothing was written"),
+            (1.0, "lora", ["--error", "2"], "error is 2.0, choose 0 to 1")):
+        save_file({name: weights(sd)[name] + change}, tmp_path / "theta.safetensors")
+        monkeypatch.setattr("sys.argv", [
+            "export.py", str(tmp_path / "theta.safetensors"), "--as", form, "--model", str(folder),
+            "--out", str(out), *flags])
+        with pytest.raises(SystemExit):
+            export.main()
+        assert says in capsys.readouterr().err and not out.exists()
+
+
 def test_an_existing_file_stays(exported, capsys):
     exported("lora")
     with pytest.raises(SystemExit):
         exported("lora")
-    assert "can't be written: choose a new name" in capsys.readouterr().err
+    assert "can't be written: choose a new" in capsys.readouterr().err
 
 
 def test_files_that_erase_did_not_write(sd, folder, tmp_path, monkeypatch):

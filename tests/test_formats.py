@@ -663,6 +663,7 @@ def test_the_hub(server, folder, tmp_path):
     for file in unneeded:
         (repository / file).parent.mkdir(exist_ok=True)
         (repository / file).write_bytes(b"unneeded")
+    (repository / "tokenizer" / "added_tokens.json").write_text("{}")
     weights = "unet/diffusion_pytorch_model.safetensors"
     server.cut = {weights}
     first, again, offline = (f"--model someone/model --out {tmp_path}/{i}.png" for i in range(3))
@@ -674,6 +675,7 @@ def test_the_hub(server, folder, tmp_path):
     assert one == 0 < two  # the second half only
     names = [name for name, start in server.served if start == 0]
     assert len(names) == len({*names}) and not {*unneeded} & {*names}
+    assert "tokenizer/added_tokens.json" in names  # all of tokenizer/
 
     served = len(server.served)
     assert "exit status" not in on_the_hub(server, tmp_path / "home", offline, offline=True)

@@ -218,7 +218,7 @@ def test_what_is_not_finite_is_no_picture(folder, tmp_path, monkeypatch, capsys)
     model, out = broken_vae(folder, tmp_path), tmp_path / "x.png"
     line = fails_in_one_line(monkeypatch, capsys, "a star", "a moon", "--model", model, "--steps",
                              1, "--batch", 1, "--out", out)
-    assert "the batch from 'a star' on has pixels that aren't numbers: try --dtype float32" in line
+    assert "the batch from 'a star' on has non-finite pixels: try --dtype float32" in line
     assert not out.exists()
 
 
@@ -362,7 +362,7 @@ def test_an_interrupted_command_says_so_in_one_line(folder, tmp_path, monkeypatc
     (["--tokenizer", "nowhere"], "nowhere"),
     (["--seed", "-1"], "seed is -1"),
     (["--model", "no" * 500], "can't load nono"),
-    (["--out", "image.jpg"], "image.jpg can't be written: choose a new name in .png"),
+    (["--out", "image.jpg"], "image.jpg can't be written: choose a new .png name"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
     if "--model" not in arguments:

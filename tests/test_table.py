@@ -187,6 +187,23 @@ def test_a_table_as_a_spreadsheet_saves_it(tmp_path):
         ("7", "two\r\nlines", 3, 4.0, 64), ("8", "", 4, 5.0, 64)]
 
 
+def test_images_of_another_run_are_not_taken_for_this_ones(draw, capsys):
+    draw(HEAD + "1,a star,5\n")
+    capsys.readouterr()
+    for content, flags, says in (
+            (HEAD + "1,a heart,5\n", [], "prompt = 'a star', not 'a heart'"),
+            (HEAD + "1,a star,6\n", [], "seed = 5, not 6"),
+            (HEAD + "1,a star,5\n", ["--negative", "blue"], "negative = '', not 'blue'")):
+        fails_in_one_line(says, draw, capsys, content, *flags)
+    draw(HEAD + "1,a star,5\n2,a heart,6\n")
+    assert "1 images drawn, 2 in all" in capsys.readouterr().out
+
+
+def test_a_rank_without_a_world_is_refused(draw, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    fails_in_one_line("RANK is 1 of WORLD_SIZE 1", draw, capsys, TABLES["coco"])
+
+
 @pytest.mark.parametrize("content, cases", [
     ("case_num,prompt,evaluation_seed\n7,a star,4068.0\n", ["7"]),
     ("image_id,case_number,prompt,evaluation_seed\n1,7,a star,4068\n", ["7"]),
@@ -207,9 +224,9 @@ def test_tables_as_people_have_them(content, cases, tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("case_number,prompt\n1,a star\n", "line 1: no column evaluation_seed"),
-    ("case_number,evaluation_seed\n1,1\n", "line 1: no column prompt"),
-    ("", "line 0: no column prompt"),
+    ("case_number,prompt\n1,a star\n", "line 1: there must be one column evaluation_seed, not"),
+    ("case_number,evaluation_seed\n1,1\n", "line 1: there must be one column prompt, not"),
+    ("", "line 0: there must be one column prompt, not []"),
     (HEAD, "line 1: there are no rows"),
     (HEAD + "1,a star,x\n", "line 2: evaluation_seed can't be 'x'"),
     (HEAD + "1,\"a\nb\",1\n2,a star,-1\n", "line 4: evaluation_seed can't be '-1'"),
@@ -217,6 +234,10 @@ def test_tables_as_people_have_them(content, cases, tmp_path):
     (HEAD + "1,a,1\n1,b,2\n", "line 3: case '1' appears twice"),
     (HEAD + "../x,a,1\n", "line 2: case can't be '../x'"),
     (HEAD + ",a,1\n", "line 2: case can't be ''"),
+    ("prompt," + HEAD + "b,1,a,5\n", "there must be one column prompt, not ['prompt', 'case_n"),
+    (HEAD + '1,"a star,5\n2,a heart,6\n', "unexpected end of data"),
+    (HEAD + '1,"a star,5\n2,"a heart",6\n', "',' expected after '\"'"),
+    (TABLES["i2p"].replace("128,64", "128,"), "sd_image_width and sd_image_height: give both"),
     (HEAD + "1,a,1.5\n", "line 2: evaluation_seed can't be '1.5'"),
     (HEAD + "1\n", "line 2: more or fewer cells than columns"),
     (HEAD + "1,a red, star,5\n", "line 2: more or fewer cells than columns"),
@@ -267,7 +288,7 @@ def test_what_is_not_finite_is_no_picture(folder, draw, tmp_path, capsys):
         patch.setattr(sample, "generate", breaks_down)
         with pytest.raises(SystemExit):
             draw(TABLES["coco"], "--batch", 1)
-    assert "the batch from 'a heart' on has pixels that" in capsys.readouterr().err
+    assert "the batch from 'a heart' on has non-finite pixels" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["391895_0.png"]
     assert len([*draw(TABLES["coco"]).iterdir()]) == 2
 

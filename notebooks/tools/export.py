@@ -76,7 +76,9 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Writes a safetensors file."""
+    """Writes a safetensors file. Raises ValueError where a tensor isn't finite."""
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"{file} would have numbers that aren't finite: nothing was written")
     alone = {name: tensor.contiguous() for name, tensor in tensors.items()}
     whole = safetensors.torch.save(alone, metadata)
     sample.write_whole(file, lambda part: part.write_bytes(whole))
@@ -184,6 +186,8 @@ def lora(frozen: nn.Module, theta: dict[str, Tensor], error: float) -> dict[str,
     changes = {name: (tensor.float() - start[name].float()).flatten(1)
                for name, tensor in theta.items() if tensor.ndim > 1}
     factors = {name: low_rank(change, error) for name, change in changes.items() if change.any()}
+    if not factors:
+        raise ValueError("no weight matrix was changed, and a LoRA holds nothing else")
     rank = max(len(down) for _, down in factors.values())
     for name, (up, down) in factors.items():
         up = F.pad(up, (0, rank - len(down)))  # (out, rank)
@@ -204,6 +208,8 @@ def settings_of(file: Path) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
+    if not 0 <= args.error < 1:
+        raise ValueError(f"error is {args.error}, choose 0 to 1")
     if args.form != "folder":
         sample.check_out(args.out, ".safetensors", new=True)
     sd = sample.load(args.model, "cpu", "float32", args.tokenizer, args.ema)
@@ -243,7 +249,7 @@ def main() -> None:
     add("--ema", action="store_true", help="of a file with two U-Nets, take the averaged one")
     add("--error", type=float, default=0.05, help="lora: the share of each change's norm to lose")
     add("--out", type=Path, required=True, help="a .safetensors file, or a folder")
-    sample.fail_in_one_line(run, flags.parse_args())
+    sample.fail_in_one_line(run, flags)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,16 @@ all exist are skipped, so the same command again goes on. torchrun's processes s
 import argparse
 import csv
 import io
+import json
 import os
 import re
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import ddim
@@ -55,6 +58,8 @@ def read_row(line: dict, number: int, guidance: float, size: int | None) -> Row:
             raise ValueError(f"{column} can't be {line[column]!r}")
     seed, width, height = (int((line[column] or "0").partition(".")[0]) for column in (
         "evaluation_seed", "sd_image_width", "sd_image_height"))
+    if bool(width) != bool(height):
+        raise ValueError("sd_image_width and sd_image_height: give both or none")
     return Row(line["case"], line["prompt"], seed, float(line["evaluation_guidance"] or guidance),
                (width, height) if width and height else size)
 
@@ -70,11 +75,14 @@ def read_table(file: Path, guidance: float = 7.5, size: int | None = None,
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is neither UTF-8 nor UTF-16: {error}") from error
     head = text.partition("\n")[0]
-    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if ";" in head else ",")
+    lines = csv.DictReader(io.StringIO(text, newline=""), strict=True,
+                           delimiter=";" if ";" in head else ",")
     try:
+        names = [name.strip() for name in lines.fieldnames or []]
+        lines.fieldnames = names
         for needed in ("prompt", "evaluation_seed"):
-            if needed not in (lines.fieldnames or []):
-                raise ValueError(f"no column {needed}")
+            if names.count(needed) != 1:
+                raise ValueError(f"there must be one column {needed}, not {names}")
         for number, line in enumerate(lines):
             row = read_row(line, number, guidance, size)
             check(row)
@@ -93,6 +101,22 @@ def parameters(row: Row, args: argparse.Namespace, width: int, height: int) -> s
     negative = f"Negative prompt: {args.negative}\n" if args.negative else ""
     return (f"{row.prompt}\n{negative}Steps: {args.steps}, Sampler: DDIM, CFG scale: "
             f"{row.guidance:g}, Seed: {row.seed}, Size: {width}x{height}, RNG: CPU")
+
+
+def drawn_before(file: Path, row: Row, args: argparse.Namespace) -> bool:
+    """Whether an image is there. Raises ValueError where it was drawn from something else."""
+    if not file.exists():
+        return False
+    with Image.open(file) as image:
+        found = json.loads(image.text["settings"])
+    asked = {key: getattr(args, key) for key in (
+        "model", "erased", "ema", "steps", "negative", "safe", "sld")}
+    asked |= {"prompt": row.prompt, "seed": row.seed, "guidance": row.guidance}
+    for key, value in json.loads(json.dumps(asked, default=str)).items():
+        if found.get(key) != value:
+            raise ValueError(f"{file} has {key} = {found.get(key)!r}, not {value!r}: choose "
+                             "another --out")
+    return True
 
 
 def draw(sd: sample.StableDiffusion, rows: list[Row], guided: Callable, args: argparse.Namespace,
@@ -119,6 +143,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"num is {args.num}, batch {args.batch}: choose 1 or more")
     rows = read_table(args.table, args.guidance, args.size)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < processes:
+        raise ValueError(f"RANK is {rank} of WORLD_SIZE {processes}: unset them, or use torchrun")
     if args.device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
@@ -130,9 +156,9 @@ def run(args: argparse.Namespace) -> None:
     if args.safe:
         guided = safe_latent_diffusion.guided(sd.encode([args.safe]), args.sld)
     args.out.mkdir(parents=True, exist_ok=True)
-    share, existing = rows[rank::processes], {path.name for path in args.out.iterdir()}
-    missing = [row for row in share
-               if not existing.issuperset(f"{row.case}_{i}.png" for i in range(args.num))]
+    share = rows[rank::processes]
+    missing = [row for row in share if not all(
+        drawn_before(args.out / f"{row.case}_{i}.png", row, args) for i in range(args.num))]
     draw(sd, missing, guided, args, progress=rank == 0)
     print(f"{args.out}: {args.num * len(missing)} images drawn, {args.num * len(share)} in all"
           + (f", process {rank}" if processes > 1 else ""))
@@ -143,6 +169,7 @@ def main() -> None:
     flags = argparse.ArgumentParser(description="Draws a table of prompts.",
                                     fromfile_prefix_chars="@",
                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.convert_arg_line_to_args = shlex.split
     add = flags.add_argument
     add("table", type=Path, metavar="FILE.csv", help="case_number, prompt, evaluation_seed, ...")
     add("--model", default=sample.DEFAULT_MODEL, help="a folder, a file or a hub name")
@@ -160,7 +187,7 @@ def main() -> None:
     add("--sld", default="medium", choices=safe_latent_diffusion.SETTINGS, help="how strongly")
     add("--batch", type=int, default=8, help="images made at once")
     add("--out", type=Path, default=Path("samples"), help="the folder for the images")
-    sample.fail_in_one_line(run, flags.parse_args())
+    sample.fail_in_one_line(run, flags)
 
 
 if __name__ == "__main__":

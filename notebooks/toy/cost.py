@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What an erasure costs, and what it buys.")
     parser.add_argument("--results", type=Path, default=Path("notebooks/toy/cost.json"))
     parser.add_argument("--stored", action="store_true", help="only print what is stored")
-    sample.fail_in_one_line(run, parser.parse_args())
+    sample.fail_in_one_line(run, parser)
 
 
 if __name__ == "__main__":

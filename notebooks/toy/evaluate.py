@@ -460,7 +460,7 @@ def main() -> None:
     add("--processes", type=int, default=2, help="each takes a core and 2 GB of memory")
     add("--results", type=Path, help="a JSON file; notebooks/toy/results.json or, with --quick, "
                                      "runs/quick/results.json")
-    sample.fail_in_one_line(run, parser.parse_args())
+    sample.fail_in_one_line(run, parser)
 
 
 if __name__ == "__main__":

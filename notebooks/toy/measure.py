@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale")
     parser.add_argument("--seed", type=int, default=1000, help="of all random numbers")
-    sample.fail_in_one_line(run, parser.parse_intermixed_args())
+    sample.fail_in_one_line(run, parser)
 
 
 if __name__ == "__main__":
