@@ -119,7 +119,8 @@ THEIR_PICTURE = """
 import sys, torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 folder, steps, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+pipe = StableDiffusionPipeline.from_pretrained(
+    folder, torch_dtype=torch.float32, safety_checker=None)
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe("a", num_inference_steps=steps, height=size, width=size).images[0].save(sys.argv[4])
 """
@@ -190,6 +191,7 @@ def write_models(folder: Path) -> None:
     vocabulary = {word: i for i, word in enumerate(words)}
     (folder / "model/tokenizer/vocab.json").write_text(json.dumps(vocabulary))
     (folder / "model/tokenizer/merges.txt").write_text("#version: 0.2\n")
+    (folder / "model/tokenizer/tokenizer_config.json").write_text('{"model_max_length": 77}')
     torch.manual_seed(0)
     parts = {name: part.model(part.config()).requires_grad_(False)
              for name, part in sample.PARTS.items()}
