@@ -229,7 +229,8 @@ def table_command(folder, out):
                         "--batch", 2, "--out", out]
 
 
-@pytest.mark.parametrize("command", [erase_command, table_command])
+@pytest.mark.parametrize("command", [pytest.param(erase_command, marks=pytest.mark.fuzz),
+                                     table_command])
 @pytest.mark.parametrize("first", some(0, 105, 5))
 def test_a_killed_command_goes_on(first, command, folder, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
