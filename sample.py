@@ -23,7 +23,6 @@ import torch
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
@@ -168,7 +167,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if head[8:] == b"{":  # safetensors: a length, then JSON
             with safe_open(file, "pt") as opened:
                 ddim.check_schedule(opened.metadata() or {})
-            return load_file(file)
+                return {name: opened.get_tensor(name) for name in opened.keys()}
         with torch.serialization.safe_globals(INERT):
             found = torch.load(file, "cpu", weights_only=True, mmap=head[:2] == b"PK")  # a zip
         return {f"{name}.{key}".rstrip("."): tensor  # of a module, or the tensor itself
@@ -233,7 +232,7 @@ def read_model(path: Path, ema: bool) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def fit(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> list[str]:
-    """Gives a model its tensors; returns those that it has no place for. Raises ValueError."""
+    """Gives a model its tensors; returns those left over. Raises ValueError if one is missing."""
     shapes = {name: [*tensor.shape] for name, tensor in tensors.items()}
     wrong = [f"{name}: {shapes.get(name, 'missing')}, expected {[*tensor.shape]}"
              for name, tensor in model.state_dict().items() if shapes.get(name) != [*tensor.shape]]
@@ -384,6 +383,7 @@ def parser(description: str, what: str, help: str) -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Reads the command line."""
     flags = parser("Images from prompts.", "PROMPT", "one row of images for each")
     add = flags.add_argument
     add("--erased", type=Path, help="weights that erase.py wrote, or any published ones")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 REFERENCE = Path(__file__).parents[1] / "reference"
-PUBLISHED = json.loads((REFERENCE / "configs.json").read_text())  # of CompVis/stable-diffusion-v1-4
+PUBLISHED = json.loads((REFERENCE / "configs.json").read_text())  # v1.4's, from CompVis
 
 # four levels and every other difference of the full size are kept
 SMALL = {
