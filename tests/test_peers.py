@@ -46,6 +46,17 @@ def test_upsample_with_conv():
     assert misses(last_values(layer.conv, bilinear), recorded) > 0.1
 
 
+def test_upsample_default():
+    torch.manual_seed(0)
+    x = torch.randn(1, 32, 32, 32)
+    layer = unet.Upsample(32)
+    layer.conv = nn.Identity()
+    recorded = [-0.2173, -1.2079, -1.2079, 0.2952, 1.1254, 1.1254, 0.2952, 1.1254, 1.1254]
+    assert misses(last_values(layer, x), recorded) < 1e-4
+    bilinear = F.interpolate(x, scale_factor=2.0, mode="bilinear")
+    assert misses(last_values(layer.conv, bilinear), recorded) > 0.1
+
+
 def test_downsample_with_conv():
     torch.manual_seed(0)
     x = torch.randn(1, 32, 64, 64)
@@ -65,6 +76,17 @@ def test_resnet_default():
     assert misses(last_values(layer, x, emb), recorded) < 1e-4
     layer.norm2.num_groups = 16
     assert misses(last_values(layer, x, emb), recorded) > 1e-3
+
+
+def test_restnet_with_use_in_shortcut():
+    torch.manual_seed(0)
+    x, emb = torch.randn(1, 32, 64, 64), torch.randn(1, 128)
+    layer = unet.ResnetBlock(32, 32, emb_dim=128, groups=32)
+    layer.conv_shortcut = nn.Conv2d(32, 32, 1)  # drawn last, as where the channels change
+    recorded = [0.2226, -1.0791, -0.1629, 0.3659, -0.2889, -1.2376, 0.0582, 0.9206, 0.0044]
+    assert misses(last_values(layer, x, emb), recorded) < 1e-4
+    layer.conv_shortcut = nn.Identity()
+    assert misses(last_values(layer, x, emb), recorded) > 0.1
 
 
 def test_spatial_transformer_cross_attention_dim():
@@ -100,6 +122,18 @@ def test_up_block_2d():
     recorded = [-0.2041, -0.4165, -0.3022, 0.0041, -0.6628, -0.7053, 0.1928, -0.0325, 0.0523]
     assert misses(last_values(block, x, emb, None, [skip]), recorded) < 1e-4
     assert misses(last_values(block, skip, emb, None, [x]), recorded) > 0.1  # skip before x
+
+
+def test_down_encoder_block_2d():
+    """That test pads on all sides where it halves, as the U-Net does, not the VAE."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 32, 32, 32)
+    resnet, downsample = vae.ResnetBlock(32, 32, groups=32), unet.Downsample(32)
+    recorded = [1.1102, 0.5302, 0.4872, -0.0023, -0.8042, 0.0483, -0.3489, -0.5632, 0.7626]
+    assert misses(last_values(nn.Sequential(resnet, downsample), x), recorded) < 1e-4
+    pads_right_and_bottom = vae.Downsample(32)
+    pads_right_and_bottom.load_state_dict(downsample.state_dict())
+    assert misses(last_values(nn.Sequential(resnet, pads_right_and_bottom), x), recorded) > 0.1
 
 
 def test_up_decoder_block_2d():
