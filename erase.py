@@ -3,9 +3,8 @@
     python erase.py "Van Gogh" --out van-gogh.safetensors
 
 Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, arxiv.org/abs/2303.07345.
-Equation and section numbers are the paper's. Symbols: c concept, null empty prompt; x_t latent at
-time t; eps predicted noise; eta strength; `frozen` eps_theta*, the original model; `unet`
-eps_theta, the edited one; theta the tensors in which the two differ.
+Equations and symbols are the paper's: c concept, null empty prompt, x_t latent at t, eps its noise,
+eta strength, `frozen` the original eps_theta*, `unet` the edited eps_theta, theta what was tuned.
 """
 
 import argparse
@@ -58,9 +57,8 @@ def esd_loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Tex
 @torch.no_grad()  # holds while it draws, not while it waits
 def own_ways(unet: Callable, texts: list[Text], shape: tuple, steps: int, guidance: float,
              rng: Generator, every_step: bool = False) -> Iterator[tuple]:
-    """Yields (x_t, t, text) without end: x_t is what `unet` itself, the edited model, has denoised
-    for a random concept, from noise down to a random time t (section 4). With every_step, it is
-    every x_t from noise to image, and theta changes along the way: cheaper, not in the paper.
+    """Yields (x_t, t, text) without end: x_t is what the edited model itself has denoised for a
+    random concept, down to a random t (section 4), or, cheaper, every x_t on its way to an image.
     """
     times = ddim.timesteps(steps)
     while True:
@@ -156,7 +154,9 @@ def save(theta: dict[str, Tensor], path: Path, settings: dict) -> None:
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     kept = args.out.with_suffix(f".{zlib.crc32(repr(args).encode()):08x}.checkpoint")
-    sample.check_out(args.out, ".safetensors", new=args.out.exists() or not kept.exists())
+    if args.out.exists():
+        kept.unlink(missing_ok=True)  # of a run that was killed after it had saved its weights
+    sample.check_out(args.out, ".safetensors", new=not kept.exists())
     try:
         loss_fn = pkgutil.resolve_name(args.loss).__call__  # an AttributeError if it has none
     except (ImportError, AttributeError, ValueError) as error:

@@ -11,6 +11,7 @@ are those of the published checkpoints.
 Shapes: B batch, C channels, H W feature map.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -94,32 +95,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class DownBlock(nn.Module):
-    """One level of the encoder."""
+class Level(nn.Module):
+    """The resnets of one level, then its down- or upsampler, which the last level doesn't have."""
 
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool, sampler: type):
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        name = f"{sampler.__name__.lower()}rs"  # the published key: downsamplers or upsamplers
+        self.add_module(name, nn.ModuleList([] if last else [sampler(c_out)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Module):
-    """One level of the decoder."""
-
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.upsamplers]:
+        for layer in itertools.chain(*self.children()):
             x = layer(x)
         return x
 
@@ -145,7 +132,7 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(widths[max(i - 1, 0)], c, config.layers_per_block, groups, i == last)
+            Level(widths[max(i - 1, 0)], c, config.layers_per_block, groups, i == last, Downsample)
             for i, c in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
@@ -169,7 +156,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            UpBlock(widths[max(i - 1, 0)], c, config.layers_per_block + 1, groups, i == last)
+            Level(widths[max(i - 1, 0)], c, config.layers_per_block + 1, groups,
+                  i == last, Upsample)
             for i, c in enumerate(widths))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)

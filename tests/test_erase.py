@@ -679,6 +679,28 @@ def test_images_that_are_interrupted_leave_the_run_to_go_on(folder, tmp_path, mo
     assert file.suffix == ".checkpoint" and torch.load(file, weights_only=True)[-1] == 2
 
 
+def test_a_run_that_was_killed_after_it_had_saved_leaves_no_checkpoint(folder, tmp_path,
+                                                                       monkeypatch, no_images):
+    command = ["star", "--model", folder, "--iterations", 2, "--steps", 2,
+               "--out", tmp_path / "star.safetensors"]
+    unlink = Path.unlink
+
+    def killed(path, **how):
+        if path.suffix == ".checkpoint":
+            raise KeyboardInterrupt
+        unlink(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    stops(monkeypatch, 130, *command)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    left = {file.suffix: file.read_bytes() for file in tmp_path.iterdir()}
+    assert {*left} == {".safetensors", ".png", ".checkpoint"}
+
+    stops(monkeypatch, 2, *command)
+    del left[".checkpoint"]
+    assert {file.suffix: file.read_bytes() for file in tmp_path.iterdir()} == left
+
+
 @pytest.fixture
 def red_png(tmp_path):
     Image.new("RGB", (50, 70), "red").save(tmp_path / "red.png")
