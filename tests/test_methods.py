@@ -1,5 +1,6 @@
-"""notebooks/methods: Safe Latent Diffusion, and erasing a concept from a wider one."""
+"""notebooks/methods: what ESD is compared with, each against its published equations."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +8,8 @@ from torch import Tensor
 import ddim
 import erase
 import sample
-from notebooks.methods import esd_from, safe_latent_diffusion
+from notebooks.methods import (adversarial_esd, concept_ablation, esd_from, rece,
+                               safe_latent_diffusion, uce)
 from notebooks.methods.safe_latent_diffusion import Safety
 from support import small
 from test_sample import pixels
@@ -154,3 +156,172 @@ def test_without_an_anchor_its_eta_is_one_more_than_esds(sd):
     official = esd_from.loss(student, sd.unet, x_t, t, text, eta=2.5)
     torch.testing.assert_close(ours, official)
     assert not torch.allclose(ours, esd_from.loss(student, sd.unet, x_t, t, text, eta=1.5))
+
+
+# Closed forms, against the published formulas written out with loops
+
+def columns(seed: int, n: int, dim: int = 5) -> Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).randn(dim, n))
+
+
+def uce_by_loops(W, c_e, c_g, c_p, lam):
+    """UCE, eq. 7, element by element, with an inverse."""
+    rows, dim = W.shape
+    wanted, met = lam * W.copy(), lam * np.eye(dim)
+    pairs = [(c_e[:, i], c_g[:, i]) for i in range(c_e.shape[1])]
+    for own, becomes in pairs + [(c_p[:, i], c_p[:, i]) for i in range(c_p.shape[1])]:
+        value = W @ becomes
+        for a in range(dim):
+            for row in range(rows):
+                wanted[row, a] += value[row] * own[a]
+            for b in range(dim):
+                met[a, b] += own[a] * own[b]
+    return wanted @ np.linalg.inv(met)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_uce_is_its_equation(kept):
+    W, c_e, c_g, c_p = columns(0, 5, dim=7), columns(1, 4), columns(2, 4), columns(3, kept)
+    found = uce.edited(W, c_e, c_g, c_p, 0.1)
+    by_loops = uce_by_loops(*(x.numpy() for x in (W, c_e, c_g, c_p)), 0.1)
+    assert np.abs(found.numpy() - by_loops).max() < 1e-6
+    for mistake in ((W, c_g, c_e, c_p, 0.1), (W, c_e, c_g, c_p, 0.5), (W, c_e, c_g, c_e, 0.1)):
+        assert (found - uce.edited(*mistake)).abs().max() > 1e-2
+
+
+def test_uce_sends_the_concept_where_the_guide_went():
+    W, c_e, c_g, c_p = columns(0, 5, dim=7), columns(1, 2), columns(2, 2), columns(3, 2)
+    edited = uce.edited(W, c_e, c_g, c_p, 1e-9).double()
+    torch.testing.assert_close(edited @ c_e, W @ c_g, atol=1e-5, rtol=0)
+    torch.testing.assert_close(edited @ c_p, W @ c_p, atol=1e-5, rtol=0)
+
+
+def test_the_tokens_of_uce(sd):
+    """"a star" is start, a, star, end, ...; "heart" is start, heart, end, ...: 75 and 76 left."""
+    c_e, c_g, c_p = uce.tokens(sd, {"a star": "heart", "moon": ""}, ["a ring"])
+    star, heart, moon, empty, ring = (sd.encode([prompt])[0].double().T for prompt in
+                                      ("a star", "heart", "moon", "", "a ring"))
+    assert torch.equal(c_e, torch.cat([star[:, 2:], moon[:, 1:]], dim=1))
+    assert torch.equal(c_g, torch.cat([heart[:, 1:76], empty[:, :76]], dim=1))
+    assert torch.equal(c_p, ring)
+    assert uce.tokens(sd, {"star": ""}, [])[2].shape == (32, 0)
+
+
+def test_uce_edits_keys_and_values_alone(sd):
+    theta = uce.erase(sd, {"star": "heart"}, keep=["moon"])
+    assert {*theta} == {name for name, _ in sd.unet.named_parameters()
+                        if "attn2.to_k" in name or "attn2.to_v" in name}
+    name, W = next(iter(theta.items()))
+    original = dict(sd.unet.named_parameters())[name]
+    expected = uce.edited(original, *uce.tokens(sd, {"star": "heart"}, ["moon"]), 0.1)
+    assert torch.equal(W, expected) and not torch.allclose(W, original, atol=1e-3)
+    sample.with_tuned(sd, theta)
+
+
+def test_rece_is_its_equation():
+    old, new = ([columns(i, 5, dim=7) for i in some] for some in ((0, 1), (2, 3)))
+    c = columns(4, 3)
+    own, both = 1e-3 * np.eye(5), np.zeros((5, 5))
+    for W, edited in zip(old, new):
+        for a in range(5):
+            for b in range(5):
+                own[a, b] += sum(edited[row, a] * edited[row, b] for row in range(7))
+                both[a, b] += sum(edited[row, a] * W[row, b] for row in range(7))
+    by_loops = np.linalg.inv(own) @ both @ c.numpy()
+    found = rece.adversarial(old, new, c, 1e-3)
+    assert np.abs(found.numpy() - by_loops).max() < 1e-6
+    assert (found - rece.adversarial(new, old, c, 1e-3)).abs().max() > 1e-2
+
+
+def test_rece_finds_the_concept_itself_where_nothing_was_edited():
+    W, c = [columns(i, 5, dim=7) for i in (0, 1)], columns(4, 3)
+    torch.testing.assert_close(rece.adversarial(W, W, c, 1e-12), c)
+
+
+def test_a_round_of_rece_erases_what_brings_the_concept_back(sd):
+    pair, keep = {"star": "heart"}, ["moon"]
+    before, after = (rece.erase(sd, pair, keep, rounds) for rounds in (0, 1))
+    plain = uce.erase(sd, pair, keep)
+    assert all(torch.equal(before[name], plain[name]) for name in plain)
+    names = dict(sd.unet.named_parameters())
+    c_e, c_g, c_p = uce.tokens(sd, pair, keep)
+    found = rece.adversarial([names[name].double() for name in before],
+                             [W.double() for W in before.values()], c_e, 1e-3)
+    for name, W in after.items():
+        assert torch.equal(W, uce.edited(before[name], found, c_g, c_p, 0.1))
+
+
+# Concept ablation
+
+def test_the_target_of_concept_ablation_is_the_model_in_training():
+    """It predicts 3 for the concept and 10 for the anchor; the original isn't asked."""
+    text, asked = erase.Text(*features(2, 3.0, 1.0, 10.0)), []
+    weight = torch.ones((), requires_grad=True)
+
+    def student(x_t, t, c):
+        asked.append((c.flatten()[0].item(), torch.is_grad_enabled()))
+        return weight * torch.ones_like(x_t) * c[:, :1, :1, None]
+
+    loss = concept_ablation.loss(student, None, torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), text)
+    assert loss.tolist() == [49.0, 49.0]
+    loss.mean().backward()
+    assert weight.grad == 2 * (3 - 10) * 3  # of the concept's prediction alone
+    assert asked == [(10.0, False), (3.0, True)]
+
+
+def test_concept_ablation_learns_on_noised_images_of_the_anchor(sd):
+    images = sample.generate(sd, ["a heart"], num=3, steps=2)
+    latents, seen = sd.encode_images(images), []
+    shape, texts = (2, *latents.shape[1:]), ["text"]
+    generator = torch.Generator().manual_seed(0)
+    batches = concept_ablation.data(sd, images)(None, texts, shape, 50, 3.0, generator)
+    rng, abar = torch.Generator().manual_seed(0), ddim.alphas_cumprod()
+    for _ in range(50):
+        x_t, t, text = next(batches)
+        some = torch.randint(3, (2,), generator=rng)
+        assert torch.equal(t, torch.randint(1000, (2,), generator=rng)) and text == "text"
+        noise = torch.randn(shape, generator=rng)
+        torch.testing.assert_close(x_t, ddim.add_noise(latents[some], noise, abar[t]))
+        seen += t.tolist()
+    assert any(t % 20 != 1 for t in seen)  # any time, not only the sampler's
+
+
+# ESD against learned prompts
+
+def attackable(x_t, t, c):
+    """Predicts the mean of all tokens."""
+    return torch.ones_like(x_t) * c.mean(dim=(1, 2))[:, None, None, None]
+
+
+def test_the_attack_finds_tokens_that_bring_the_concept_back():
+    c, x_t = torch.full((2, 77, 8), 1.0), torch.zeros(2, 4, 8, 8)
+    target = torch.full_like(x_t, 2.0)
+    attacked = adversarial_esd.attack(attackable, target, x_t, 1, c, tokens=16, steps=200, lr=0.1)
+    assert attacked.shape == (2, 77 + 16, 8) and torch.equal(attacked[:, :77], c)
+    assert not attacked.requires_grad
+    assert (attackable(x_t, 1, attacked) - target).abs().max() < 0.1
+    unattacked = adversarial_esd.attack(attackable, target, x_t, 1, c, tokens=16, steps=0, lr=0.1)
+    assert not unattacked[:, 77:].any()
+
+
+def test_the_loss_of_adversarial_esd_by_hand():
+    """No attack: the model predicts 3 * 77 / 93 with tokens of zeros, and 5 for what is kept."""
+    text = erase.Text(*features(2, 3.0, 1.0, 3.0))
+    keep, = features(1, 5.0)
+
+    def teacher(x_t, t, c):
+        return attackable(x_t, t, c) + (c.mean() == 5)  # 6 for the prompt to keep
+
+    loss = adversarial_esd.against(keep, weight=0.5, tokens=16, steps=0)(
+        attackable, teacher, torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), text, 2.0)
+    target = 1 - 2 * (3 - 1)
+    expected = (3 * 77 / 93 - target) ** 2 + 0.5 * (5 - 6) ** 2
+    torch.testing.assert_close(loss, torch.full((2,), expected))
+
+
+def test_adversarial_esd_runs_as_a_loss(sd):
+    loss = adversarial_esd.against(sd.encode(["a heart", "a moon"]), steps=2)
+    theta = erase.erase(sd, ["star"], loss_fn=loss, iterations=2, steps=2, lr=1e-3)
+    moved = [name for name, W in sd.unet.named_parameters() if name in theta
+             and not torch.equal(W, theta[name])]
+    assert moved and all(theta[name].isfinite().all() for name in theta)

@@ -1,0 +1,56 @@
+"""Unified Concept Editing (UCE): erases in closed form, without any training.
+
+    theta = uce.erase(sd, {"star": ""}, keep=["heart", "moon"])
+    images = sample.generate(sample.with_tuned(sd, theta), ["a star"])
+
+Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024,
+https://arxiv.org/abs/2308.14761; tokens and strength as in its code of 2023. Symbols: W the weight
+of a key or a value in cross-attention; c the features of a token, e of the concept, g of its guide,
+p of a prompt to keep. Afterwards the concept's tokens have the guide's keys and values.
+"""
+
+import torch
+from torch import Tensor
+
+from sample import StableDiffusion
+
+
+def keys_and_values(name: str) -> bool:
+    return "attn2.to_k." in name or "attn2.to_v." in name
+
+
+def tokens(sd: StableDiffusion, concepts: dict[str, str], keep: list[str]) -> tuple[Tensor, ...]:
+    """Returns c_e, c_g and c_p as columns, (D, n), (D, n) and (D, m), in float64.
+
+    Of concept and guide from the last word to the last end token; of prompts to keep, all.
+    """
+    def columns(prompt: str, first: int = 0) -> Tensor:
+        return sd.encode([prompt])[0, first:].double().T
+
+    def both(*pair: str) -> list[Tensor]:  # cut to the shorter one
+        firsts = [len(ids) - 2 for ids in sd.tokenizer([*pair]).input_ids]
+        length = sd.text_encoder.config.max_position_embeddings - max(firsts)
+        return [columns(prompt, first)[:, :length] for prompt, first in zip(pair, firsts)]
+
+    c_e, c_g = (torch.cat(some, dim=1) for some in zip(*(both(*pair) for pair in concepts.items())))
+    return c_e, c_g, torch.cat([c_e[:, :0], *map(columns, keep)], dim=1)
+
+
+def edited(W: Tensor, c_e: Tensor, c_g: Tensor, c_p: Tensor, lam: float) -> Tensor:
+    """Returns the W' that sends each c_e where W sends c_g, and each c_p where it went (eq. 7):
+
+    W' = (lam W + sum W c_g c_e^T + sum W c_p c_p^T) (lam I + sum c_e c_e^T + sum c_p c_p^T)^-1
+    """
+    W = W.double()  # (D_out, D)
+    wanted = lam * W + W @ c_g @ c_e.T + W @ c_p @ c_p.T
+    met = lam * torch.eye(len(c_e)).to(W) + c_e @ c_e.T + c_p @ c_p.T  # (D, D)
+    return torch.linalg.solve(met, wanted, left=False).float()
+
+
+@torch.no_grad()
+def erase(sd: StableDiffusion, concepts: dict[str, str], keep: list[str] = (),
+          lam: float = 0.1) -> dict[str, Tensor]:
+    """Returns the edited weights by name. concepts: {prompt: guide}; keep: prompts that stay."""
+    c_e, c_g, c_p = tokens(sd, concepts, keep)
+    return {name: edited(W, c_e, c_g, c_p, lam)
+            for name, W in sd.unet.named_parameters() if keys_and_values(name)}
