@@ -1,9 +1,11 @@
-"""Checks of the exercises: each takes a student's function and says "right" or what is wrong.
+"""The exercises: what each asks of a student's function, the right answer, and likely mistakes.
 
-    print(checks.target(my_target))
+    print(checks.add_noise(my_add_noise))     # "right", or what is wrong
 """
 
-from typing import Callable
+import functools
+import math
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,125 +14,276 @@ import ddim
 import erase
 import unet
 from notebooks.methods import safe_latent_diffusion
+from notebooks.toy import tables
 
 NOT_YET = "not yet: write it first"
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Returns standard normal numbers in float64."""
+class NotYet(Exception):
+    """The function is still the stub."""
+
+
+class Exercise(NamedTuple):
+    """A function to be written. Its answers are compared as tensors, with those of `own`."""
+
+    number: str
+    ask: Callable[[Callable, int], list]  # calls a function on inputs drawn from a seed
+    own: Callable
+    mistakes: dict[str, Callable]  # what is wrong -> a function that does just this
+    otherwise: str  # what to say of any other answer
+    tabu: tuple[str, ...] = ()  # the project's functions that would be the answer
+
+    def __call__(self, answer: Callable, seed: int = 0) -> str:
+        """Says "right" or what is wrong with a student's function."""
+        try:
+            found = self.ask(answer, seed)
+        except NotYet:
+            return NOT_YET
+        except Exception as error:  # a student's code can raise anything
+            return f"wrong: it raises {type(error).__name__}: {error}"
+        return self.verdict(found, seed)
+
+    def verdict(self, found: list, seed: int) -> str:
+        """The same for answers that are there already."""
+        expected = self.ask(self.own, seed)
+        if alike(found, expected):
+            return "right"
+        shapes = [[[*tensor.shape] for tensor in map(torch.as_tensor, some)]
+                  for some in (found, expected)]
+        if shapes[0] != shapes[1]:
+            return f"wrong: its results have the shapes {shapes[0]} instead of {shapes[1]}"
+        right = next(i for i in range(len(found)) if not alike(found[:i + 1], expected[:i + 1]))
+        for what, mistake in self.mistakes.items():  # compared up to the first wrong result
+            if alike(found[:right + 1], self.ask(mistake, seed)[:right + 1]):
+                return f"wrong: {what}"
+        return f"wrong: {self.otherwise}"
+
+
+def alike(found: list, expected: list) -> bool:
+    """Whether all tensors have the same shapes and values."""
+    pairs = [[torch.as_tensor(tensor).double() for tensor in pair] for pair in zip(found, expected)]
+    return len(found) == len(expected) and all(
+        a.shape == b.shape and torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in pairs)
+
+
+def call(answer: Callable, *arguments) -> object:
+    """The function's result. Raises NotYet for the stub's."""
+    result = answer(*arguments)
+    if result is None or result is ...:
+        raise NotYet
+    return result
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers in float64."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def alike(answer: Tensor, expected: Tensor) -> bool:
-    """Whether an answer is a tensor of the expected shape and values."""
-    return (isinstance(answer, Tensor) and answer.shape == expected.shape
-            and torch.allclose(answer.double(), expected.double(), atol=1e-5))
+# 1.2: DDIM
 
-
-def tried(answer: Callable, *arguments) -> tuple[object, str]:
-    """Returns the function's result and "", or None and the reason why there is no result."""
-    try:
-        result = answer(*arguments)
-    except Exception as error:  # a student's code can raise anything
-        return None, f"wrong: it raises {type(error).__name__}: {error}"
-    if result is None or result is ...:
-        return None, NOT_YET
-    return result, ""
-
-
-def denoise(answer: Callable) -> str:
-    """Exercise 1.2: a sampler, compared with `ddim.denoise`."""
-    start, asked = noise(1, 4, 2, 2), []
+def ask_denoise(answer: Callable, seed: int) -> list:
+    """The times at which it calls the model, then the result; -1 where there are too few times."""
+    times, steps = [], 10 + seed
 
     def predict(x_t, t):
-        asked.append(t)
+        times.append(t)
         return 0.3 * x_t + t / 1000
 
-    result, reason = tried(answer, predict, start, 10)
-    if reason:
-        return reason
-    if asked != ddim.timesteps(10):
-        times = ddim.timesteps(10)
-        return (f"wrong: it calls the model at the times {asked[:2]} ... {asked[-1:]}; the ten "
-                f"steps of Stable Diffusion are at {times[:2]} ... {times[-1:]}")
-    *_, (_, expected) = ddim.denoise(predict, start, 10)
-    if alike(result, expected):
-        return "right"
-    abar = ddim.alphas_cumprod()
-    no_root = start
-    for t in ddim.timesteps(10):
-        eps, t_prev = predict(no_root, t), max(t - 100, 0)
-        no_root = (abar[t_prev].sqrt() * (no_root - (1 - abar[t]) * eps) / abar[t].sqrt()
-                   + (1 - abar[t_prev]).sqrt() * eps)
-    if alike(result, no_root):
-        return ("wrong: the times are right, but the factor of the noise in x_t isn't 1 - abar: "
-                "look at eq. 4 again")
-    return ("wrong: the times are right, but the result isn't: check how much noise a step "
-            "removes, and where the last step ends")
+    result = call(answer, predict, noise(seed, 1, 4, 2, 2), steps)
+    return [torch.tensor((times + [-1] * steps)[:steps]), result]
 
 
-def target(answer: Callable) -> str:
-    """Exercise 2.2: Eq. 6."""
-    eps_null, eps_c, eta = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1), 0.7
-    result, reason = tried(answer, eps_null, eps_c, eta)
-    if reason:
-        return reason
-    if alike(result, erase.esd_target(eps_null, eps_c, eta)):
-        return "right"
-    if alike(result, eps_null + eta * (eps_c - eps_null)):
-        return "wrong: this sign makes the concept stronger; it is guidance, Eq. 3"
-    if alike(result, eps_c - eta * (eps_c - eps_null)):
-        return ("wrong: it starts from the prediction for the concept, as the official code of "
-                "2025 does, whose g is eta + 1")
-    if alike(result, eps_null - eta * eps_c):
-        return ("wrong: subtract the difference that the concept makes, not the prediction for "
-                "the concept")
-    return "wrong: Eq. 6 gives other values"
+def sampler(first: int = 1, root: bool = True, end: int = 0) -> Callable:
+    """DDIM; first: the last step's time; root: of the noise's share; end: where that step ends."""
+    def denoise(predict, x_t, steps):
+        abar, stride = ddim.alphas_cumprod(), ddim.TRAIN_STEPS // steps
+        for k in reversed(range(steps)):
+            t = k * stride + first
+            t_prev = t - stride if k else end
+            eps = predict(x_t, t)
+            share = (1 - abar[t]).sqrt() if root else 1 - abar[t]
+            x_0 = (x_t - share * eps) / abar[t].sqrt()
+            x_t = abar[t_prev].sqrt() * x_0 + (1 - abar[t_prev]).sqrt() * eps
+        return x_t
+    return denoise
 
 
-def method(answer: Callable) -> str:
-    """Exercise 2.3: the queries of the cross-attention, among all names of the SD v1 U-Net."""
+denoise = Exercise(
+    "1.2", ask_denoise, sampler(), {
+        "the times of Stable Diffusion's ten steps are 901, 801, ..., 1, not 900, 800, ..., 0":
+            sampler(first=0),
+        "the times are right, but the share of the noise in x_t isn't 1 - abar: see eq. 4":
+            sampler(root=False),
+        "the last step should end at abar[0], not at t = 1": sampler(end=1),
+        "the last step should end at abar[0]; abar[-1] is the noisiest": sampler(end=-1),
+    }, "the times or the values differ: look at each line of a step again",
+    ("ddim.denoise", "ddim.step"))
+
+
+# 2.2: the loop
+
+def ask_iteration(answer: Callable, seed: int) -> list:
+    """The loss of one iteration with a U-Net of two weights, and the weights after it."""
+    weights = torch.tensor([0.9, -0.4], dtype=torch.float64, requires_grad=True)
+    weights.grad = torch.ones_like(weights)  # of an iteration before
+
+    def frozen(x_t, t, c):
+        return 0.8 * x_t + (0.3 - t / 2000) * c.mean(dim=(1, 2))[:, None, None, None]
+
+    def edited(x_t, t, c):
+        return weights[0] * x_t + weights[1] * (c.mean(dim=(1, 2)) - t / 900)[:, None, None, None]
+
+    optimizer = torch.optim.SGD([weights], lr=0.1)
+    c, null = noise(seed + 1, 2, 77, 8) + 1, noise(seed + 2, 2, 77, 8)
+    loss = call(answer, edited, frozen, optimizer, c, null, noise(seed, 2, 4, 3, 3), 4)
+    return [torch.as_tensor(loss).detach(), weights.detach()]
+
+
+def iteration(painter: str = "edited", grad: bool = False, clear: bool = True, sign: int = 1,
+              base: str = "null", steps: int = 0) -> Callable:
+    """One iteration of ESD; painter: who draws x_t; grad: through the drawing, too."""
+    def step(edited, frozen, optimizer, c, null, x_t, k, eta=1.0):
+        predict = ddim.guided({"edited": edited, "frozen": frozen}[painter], c, null, 3.0)
+        with torch.set_grad_enabled(grad):
+            t, x_t = list(ddim.denoise(predict, x_t, 50))[k + steps]
+        with torch.no_grad():
+            eps_null, eps_c = frozen(x_t, t, null), frozen(x_t, t, c)
+            start = eps_null if base == "null" else eps_c
+            target = start - sign * eta * (eps_c - eps_null)
+        loss = (edited(x_t, t, c) - target).square().mean()
+        if clear:
+            optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+    return step
+
+
+one_iteration = Exercise(
+    "2.2", ask_iteration, iteration(), {
+        "the frozen model draws x_t; the paper's edited model does": iteration(painter="frozen"),
+        "the drawing has a gradient: use torch.no_grad": iteration(grad=True),
+        "the gradients of the iteration before are added: zero_grad": iteration(clear=False),
+        "this sign makes the concept stronger; it is guidance, Eq. 3": iteration(sign=-1),
+        "the target starts from the prediction for the concept, as in the official code of 2025":
+            iteration(base="c"),
+        "x_t is one step too noisy: take k steps": iteration(steps=-1),
+        "x_t is one step too clean: take k steps": iteration(steps=1),
+    }, "the loss differs: which model predicts what, at which x_t and t?",
+    ("erase.esd", "erase.erase", "erase.own_ways", "erase.esd_loss"))
+
+
+# 2.3: which weights
+
+@functools.cache
+def unet_names() -> list[str]:
+    """Of all parameters of the SD v1 U-Net."""
     with torch.device("meta"):
-        names = [name for name, _ in unet.UNet().named_parameters()]
-    chosen = []
-    for name in names:
-        result, reason = tried(answer, name)
-        if reason:
-            return reason
-        chosen += [name] if result else []
-    expected = [name for name in names if "attn2.to_q." in name]
-    if chosen == expected:
-        return "right"
-    for name in chosen:
-        if name not in expected:
-            return (f"wrong: it selects {len(chosen)} tensors instead of {len(expected)}, among "
-                    f"them {name}")
-    return f"wrong: it selects {len(chosen)} tensors instead of {len(expected)}"
+        return [name for name, _ in unet.UNet().named_parameters()]
 
 
-def interval(answer: Callable) -> str:
-    """Exercise 3.2: Wilson's interval of a share."""
-    for hits, asked, low, high in ((0, 50, 0.0, 0.0713), (25, 50, 0.3664, 0.6336),
-                                   (50, 50, 0.9287, 1.0), (1, 3, 0.0615, 0.7923)):
-        result, reason = tried(answer, hits, asked)
-        if reason:
-            return reason
-        try:
-            close = abs(result[0] - low) < 1e-3 and abs(result[1] - high) < 1e-3
-        except (TypeError, IndexError):
-            return f"wrong: it returns {result!r} instead of two numbers, low and high"
-        if not close:
-            none = result[0] == result[1]
-            return (f"wrong: for {hits} of {asked} it returns {result[0]:.3f} to {result[1]:.3f}; "
-                    f"Wilson's interval is {low} to {high}"
-                    + (": 50 images don't make it certain" if none else ""))
-    return "right"
+def ask_method(answer: Callable, seed: int) -> list:
+    """Whether it selects each name."""
+    return [torch.tensor([bool(call(answer, name)) for name in unet_names()])]
 
 
-def selective_loss(answer: Callable) -> str:
-    """Exercise 4.2: Eq. 6 where the concept matters, the original's prediction elsewhere."""
+method = Exercise(
+    "2.3", ask_method, lambda name: "attn2.to_q." in name, {
+        "it selects all of the cross-attention": lambda name: "attn2" in name,
+        "it selects the queries of the self-attention": lambda name: "attn1.to_q." in name,
+        "it selects the queries of the self-attention, too": lambda name: "to_q" in name,
+        "it selects everything": lambda name: True,
+    }, "the cross-attention is attn2, and its queries are to_q")
+
+
+# 3.2: Wilson's interval
+
+def ask_interval(answer: Callable, seed: int) -> list:
+    """Low and high for some shares, to three digits."""
+    cases = ((0, 50), (25, 50), (50, 50), (1, 3), (3 + seed, 20 + 3 * seed))
+    pairs = [call(answer, *case) for case in cases]
+    return [torch.tensor([[float(low), float(high)] for low, high in pairs]).round(decimals=3)]
+
+
+def normal_interval(hits, asked):
+    p = hits / asked
+    half = 1.96 * (p * (1 - p) / asked)**0.5
+    return p - half, p + half
+
+
+interval = Exercise(
+    "3.2", ask_interval, tables.wilson, {
+        "this is the normal interval: 0 of 50 would be 0 to 0, and 50 images don't make it certain":
+            normal_interval,
+        "z is 1.96, not its square": lambda hits, asked: tables.wilson(hits, asked, z=1.96**2),
+    }, "for 0 of 50 Wilson's interval is 0.000 to 0.071, for 25 of 50 0.366 to 0.634",
+    ("tables.wilson",))
+
+
+# 3.3: Safe Latent Diffusion
+
+def ask_safe_direction(answer: Callable, seed: int) -> list:
+    return [call(answer, *(noise(seed + i, 1, 4, 8, 8) for i in range(3)), 2.0, 0.1)]
+
+
+def safe_direction_by(bound: Callable = lambda mu: mu.clamp(max=1), below: bool = True,
+                      base: str = "null") -> Callable:
+    def direction(eps_null, eps_c, eps_s, scale, threshold):
+        mu = bound(scale * (eps_c - eps_s).abs())
+        mu = mu.where(eps_c - eps_s < threshold, 0) if below else mu
+        return mu * (eps_s - (eps_null if base == "null" else eps_c))
+    return direction
+
+
+safe_direction = Exercise(
+    "3.3", ask_safe_direction, safe_direction_by(), {
+        "mu must be at most 1": safe_direction_by(bound=lambda mu: mu),
+        "mu must be 0 where eps_c - eps_s is at or above the threshold":
+            safe_direction_by(below=False),
+        "this mu is at least 1, as in the paper's text; in its code it is at most 1":
+            safe_direction_by(bound=lambda mu: mu.clamp(min=1)),
+        "what is subtracted starts from the empty prompt: eps_s - eps_null":
+            safe_direction_by(base="c"),
+    }, "the equations give other values", ("safe_latent_diffusion.safe_direction",))
+
+
+# 3.4: McNemar's test
+
+def ask_mcnemar(answer: Callable, seed: int) -> list:
+    """p for pairs of contenders, of ten to forty images."""
+    values = []
+    for i, count in enumerate((10, 20, 40, 40)):
+        a, b = noise(10 * seed + i, 2, count)
+        one, other = ("".join(str(int(x > edge)) for x in some) for some, edge in ((a, -1), (b, 0)))
+        values.append(float(call(answer, one, other)))
+    values.append(float(call(answer, "1100", "1100")))  # no difference at all
+    return [torch.tensor(values)]
+
+
+def mcnemar_by(sides: int = 2, pairs: bool = True) -> Callable:
+    def p_value(one, other):
+        lost, won, _ = tables.mcnemar(one, other)
+        if not pairs:
+            lost, won = one.count("1"), other.count("1")
+        n = lost + won
+        return min(1, sides * sum(math.comb(n, i) for i in range(min(lost, won) + 1)) / 2**n)
+    return p_value
+
+
+mcnemar = Exercise(
+    "3.4", ask_mcnemar, mcnemar_by(), {
+        "only the images count on which the two differ": mcnemar_by(pairs=False),
+        "the test has two sides: double the sum": mcnemar_by(sides=1),
+    }, "p = min(1, 2 sum C(n, i) / 2^n), i from 0 to the smaller of the two counts",
+    ("tables.mcnemar",))
+
+
+# 4.2: a selective loss
+
+def ask_selective_loss(answer: Callable, seed: int) -> list:
+    """The loss of each sample, and its gradient with respect to a weight of the edited model."""
     text = erase.Text(*(torch.full((2, 77, 8), value).double() for value in (3.0, 1.0, 2.0)))
-    x_t, t = noise(2, 4, 3, 3), torch.tensor([7, 500])
+    x_t, t = noise(seed, 2, 4, 3, 3), torch.tensor([7, 500])
 
     def frozen(x_t, t, c):  # the prompt has a large effect, up or down, in two parts of x_t
         much = torch.where(x_t > 0.5, 1.0, torch.where(x_t < -0.5, -1.0, 0.2))
@@ -141,73 +294,63 @@ def selective_loss(answer: Callable) -> str:
     def edited(x_t, t, c):
         return weight * frozen(x_t, t, c) + 0.01
 
-    result, reason = tried(answer, edited, frozen, x_t, t, text, 2.0)
-    if reason:
-        return reason
-    eps_null, eps_c = frozen(x_t, t, text.null), frozen(x_t, t, text.concept)
-    matters = (eps_c - eps_null).abs() > 0.1
-    eq_6 = erase.esd_target(eps_null, eps_c, 2.0)
-
-    def error(where, elsewhere=eps_c):
-        target = torch.where(where, eq_6, elsewhere)
-        return (edited(x_t, t, text.concept) - target).detach().square()
-
-    mistakes = (
-        (error(torch.ones_like(matters)).mean(dim=(1, 2, 3)), "it applies Eq. 6 everywhere"),
-        (error(eps_c - eps_null > 0.1).mean(dim=(1, 2, 3)),
-         "a difference of -0.2 is large too: compare the absolute value"),
-        (error(~matters).mean(dim=(1, 2, 3)), "it erases where the predictions barely differ"),
-        (error(matters, eps_null).mean(dim=(1, 2, 3)),
-         "elsewhere, the target is the original's prediction for the concept"),
-        (error(matters).sum(dim=(1, 2, 3)), "it sums over the elements of a sample: take the mean"),
-        (torch.stack([e[m].mean() for e, m in zip(error(matters), matters)]),
-         "take the mean over all elements: where nothing is erased, the model should not change"))
-    if not isinstance(result, Tensor) or result.shape != (2,):
-        return ("wrong: return one number for each sample, here (2,), instead of "
-                f"{getattr(result, 'shape', result)}")
-    if not alike(result.detach(), error(matters).mean(dim=(1, 2, 3))):
-        return "wrong: " + next((what for loss, what in mistakes if alike(result.detach(), loss)),
-                                "the values differ")
-    if not result.requires_grad:
-        return "wrong: the loss has no gradient: call the edited model outside of no_grad"
-    return "right"
+    loss = call(answer, edited, frozen, x_t, t, text, 2.0)
+    slope = torch.autograd.grad(loss.mean(), weight)[0] if loss.requires_grad else torch.zeros(())
+    return [loss.detach(), slope]
 
 
-def safe_direction(answer: Callable) -> str:
-    """Exercise 3.3: what Safe Latent Diffusion subtracts, without momentum."""
-    eps_null, eps_c, eps_s = (noise(1, 4, 8, 8, seed=i) for i in range(3))
-    scale, threshold = 2.0, 0.1
-    result, reason = tried(answer, eps_null, eps_c, eps_s, scale, threshold)
-    if reason:
-        return reason
-    safety = safe_latent_diffusion.Safety(0, scale, threshold, 0.0, 0.0)
-    expected, _ = safe_latent_diffusion.safe_direction(eps_null, eps_c, eps_s, torch.zeros(()),
-                                                       safety)
-    if alike(result, expected):
-        return "right"
-    difference = eps_c - eps_s
-    if alike(result, scale * difference.abs() * (difference < threshold) * (eps_s - eps_null)):
-        return "wrong: mu must be at most 1"
-    if alike(result, (scale * difference.abs()).clamp(max=1) * (eps_s - eps_null)):
-        return "wrong: mu must be 0 where eps_c - eps_s is at or above the threshold"
-    if alike(result, (scale * difference.abs()).clamp(min=1) * (difference < threshold)
-             * (eps_s - eps_null)):
-        return "wrong: this mu is at least 1, as in the paper's text; in its code it is at most 1"
-    return "wrong: the equations give other values"
+def selective(size: Callable = torch.abs, flip: bool = False, elsewhere: str = "concept",
+              masked: bool = False, total: bool = False, grad: bool = True) -> Callable:
+    """The loss, or with one of its parts changed."""
+    def loss(unet, frozen, x_t, t, text, eta):
+        with torch.no_grad():
+            eps_null, eps_c = frozen(x_t, t, text.null), frozen(x_t, t, text.concept)
+            matters = (size(eps_c - eps_null) > 0.1) != flip
+            rest = eps_c if elsewhere == "concept" else eps_null
+            target = torch.where(matters, erase.esd_target(eps_null, eps_c, eta), rest)
+        with torch.set_grad_enabled(grad):
+            error = (unet(x_t, t, text.concept) - target).square()
+        if masked:
+            return torch.stack([e[where].mean() for e, where in zip(error, matters)])
+        return error.sum(dim=(1, 2, 3)) if total else error.mean(dim=(1, 2, 3))
+    return loss
 
 
-def add_noise(answer: Callable) -> str:
-    """Exercise 5.2: the forward process, which adds noise to an image."""
-    x_0, eps, abar_t = noise(1, 4, 3, 3), noise(1, 4, 3, 3, seed=1), torch.tensor(0.36)
-    result, reason = tried(answer, x_0, eps, abar_t)
-    if reason:
-        return reason
-    if alike(result, ddim.add_noise(x_0, eps, abar_t)):
-        return "right"
-    if alike(result, 0.36 * x_0 + 0.64 * eps):
-        return "wrong: abar is a share of the variance: take square roots"
-    if alike(result, 0.8 * x_0 + 0.6 * eps):
-        return "wrong: abar is the image's share of the variance, not the noise's"
-    if alike(result, x_0 + 0.8 * eps):
-        return "wrong: scale the image down as the noise grows, or the variance grows"
-    return "wrong: eq. 4 of DDIM gives other values"
+selective_loss = Exercise(
+    "4.2", ask_selective_loss, selective(), {
+        "it applies Eq. 6 everywhere": erase.esd_loss,
+        "a difference of -0.2 is large too: compare the absolute value":
+            selective(size=lambda d: d),
+        "it erases where the predictions barely differ": selective(flip=True),
+        "elsewhere, the target is the original's prediction for the concept":
+            selective(elsewhere="null"),
+        "it sums over the elements of a sample: take the mean": selective(total=True),
+        "take the mean over all elements: where nothing is erased, the model should not change":
+            selective(masked=True),
+        "the loss has no gradient: call the edited model outside of no_grad": selective(grad=False),
+    }, "the values differ")
+
+
+# 5.2: the forward process
+
+def ask_add_noise(answer: Callable, seed: int) -> list:
+    return [call(answer, noise(seed, 1, 4, 3, 3), noise(seed + 1, 1, 4, 3, 3),
+                 torch.tensor(0.36 + 0.01 * seed))]
+
+
+add_noise = Exercise(
+    "5.2", ask_add_noise, ddim.add_noise, {
+        "abar is a share of the variance: take square roots":
+            lambda x_0, noise, abar: abar * x_0 + (1 - abar) * noise,
+        "abar is the image's share of the variance, not the noise's":
+            lambda x_0, noise, abar: (1 - abar).sqrt() * x_0 + abar.sqrt() * noise,
+        "scale the image down as the noise grows, or the variance grows":
+            lambda x_0, noise, abar: x_0 + (1 - abar).sqrt() * noise,
+    }, "eq. 4 of DDIM gives other values", ("ddim.add_noise",))
+
+
+EXERCISES = {  # by the name of the student's function
+    "my_denoise": denoise, "my_iteration": one_iteration, "my_method": method,
+    "my_interval": interval, "my_safe_direction": safe_direction, "my_mcnemar": mcnemar,
+    "my_selective_loss": selective_loss, "my_add_noise": add_noise,
+}

@@ -38,6 +38,13 @@ def test_wilsons_interval(hits, asked, expected):
     assert tables.share(hits, asked) == expected
 
 
+@pytest.mark.parametrize("one, other, expected", [
+    ("1100", "1100", (0, 0, 1)), ("1100", "0110", (1, 1, 1)), ("1" * 8, "0" * 8, (8, 0, 2 / 256)),
+    ("0" * 10, "1" * 9 + "0", (0, 9, 2 / 512)), ("1110", "0001", (3, 1, 10 / 16))])
+def test_mcnemars_test_counts_where_two_differ(one, other, expected):
+    assert tables.mcnemar(one, other) == expected
+
+
 def test_shares_are_taken_over_all_images_of_the_classes():
     confusion = {"star": {"star": 3, "heart": 1}, "heart": {"heart": 6}, "moon": {"star": 5}}
     assert tables.share_seen([confusion], [["star", "heart"]]) == tables.share(9, 10)
@@ -90,8 +97,9 @@ def test_what_is_missing_is_left_out(results, name):
 
 def test_the_heading_says_what_most_cells_share(results):
     line = tables.heading(results)
-    assert "--iterations 160 --steps 8 --batch 4 " in line
-    assert "esd-x --lr 0.0004, esd-u --lr 0.0001. 50 images" in line and "500 for" in line
+    assert "--iterations 160 --steps 8 --batch 4 --every-step;" in line
+    assert "esd-x --lr 0.0004, esd-u --lr 7e-05, a style --iterations 320. At least 50" in line
+    assert ", 500 for the quality; 10 DDIM steps, guidance 5;" in line
     other = {"settings": results["which/star/keys and values only"]["settings"] | {"erase": {
         "iterations": 7, "lr": 1, "method": "esd-x", "data": "every step"}}}
     assert tables.heading(results | {"one": other}) == line
@@ -154,13 +162,16 @@ def test_a_rate_belongs_to_what_is_tuned(studio):
 
 
 def test_the_settings_are_those_of_the_flags_file_and_are_json(studio):
+    """But a style is learned twice as long."""
     flags = measure.flags()
     for cell in (cell for cells in CELLS.values() for cell in cells):
         settings = studio.settings(cell.contender)
         assert json.loads(json.dumps(settings)) == settings
         if cell.contender.name == "ESD-x":
             assert settings["data"] == "every step" and flags["data"].keywords["every_step"]
-            assert all(settings[key] == flags[key] for key in flags if key != "data")
+            times = 2 if cell.concept in tables.STYLES else 1
+            assert settings["iterations"] == times * flags["iterations"]
+            assert all(settings[key] == flags[key] for key in ("lr", "steps", "batch"))
 
 
 # Erasing by what a name in the settings means
@@ -288,17 +299,24 @@ def rows_of(studio, monkeypatch, name, results):
 def test_each_image_of_a_contact_sheet_has_a_label(studio, monkeypatch, results, name):
     rows = rows_of(studio, monkeypatch, name, results)
     assert all(len(labels) == len(images) > 5 for labels, images in rows)
-    assert len(rows) == {"objects": 11, "styles": 6, "implied": 11, "works": 4, "eta": 4}[name]
+    assert len(rows) == {"objects": 11, "styles": 6, "implied": 6, "works": 4, "eta": 4}[name]
 
 
 def test_a_label_says_how_often_the_concept_is_seen(studio, monkeypatch, results):
+    def label(key, kind, name):
+        found = results[key][kind][name]
+        return f"{name} {100 * found.get(name, 0) / sum(found.values()):.0f} %"
+
     rows = {labels[0]: (labels, images) for labels, images in
             rows_of(studio, monkeypatch, "implied", results)}
-    labels, prompts = rows["SLD-max"]
-    assert labels[1:] == ["heart 57 %"] * 3 + ["arrow 95 %"] * 3
-    assert rows["original"][0][1:] == prompts[1:] == evaluate.SHEETS["implied"][1]
+    labels, prompts = rows["SLD-medium"]
+    assert labels[1::4] == [label(f"implied/{concept}/SLD-medium", "scenes", concept)
+                            for concept in tables.IMPLIED]
+    assert labels[2:5] == [""] * 3 and "SLD-max" not in rows
+    assert prompts[1:4] == ["a night sky", "a night sky in spring", "a bedtime story by the sea"]
     labels, prompts = rows_of(studio, monkeypatch, "styles", results)[-1]
-    assert labels[:2] == ["erased: neon", "mosaic 100 %"] and labels[-1] == "neon 26 %"
+    assert labels == ["erased: neon", *(label("styles/neon/ESD-x", "styled", style)
+                                        for style in tables.STYLES)]
     assert prompts[-1] == "a heart in the style of neon"
 
 
@@ -361,11 +379,18 @@ def test_damaged_results_are_refused(tmp_path, monkeypatch, capsys):
 
 # The stored results
 
-def test_what_no_erasure_changes_is_of_this_code_and_these_models(studio, results):
-    """Erasures were stored with averaging, which erase.py no longer has, and aren't taken."""
-    for cell in (cell for cells in CELLS.values() for cell in cells):
-        stored = evaluate.is_stored(studio, cell, results)
-        assert stored == (not cell.contender.erase), cell.key
+def test_the_results_are_of_this_code_and_these_models(studio, results):
+    cells = [cell for cells in CELLS.values() for cell in cells]
+    assert all(evaluate.is_stored(studio, cell, results) for cell in cells)
+    assert {*results} == {cell.key for cell in cells}
+
+
+def test_what_is_right_image_by_image_adds_up_to_the_counts(results):
+    for key, answer in results.items():
+        for kind in (kind for kind in evaluate.KINDS if kind in answer):
+            right = answer[f"{kind}, right"]
+            assert right.count("1") == sum(row.get(name, 0) for name, row in answer[kind].items())
+            assert len(right) == sum(sum(row.values()) for row in answer[kind].values()), key
 
 
 def test_an_answer_of_other_settings_or_models_is_not_taken(studio):

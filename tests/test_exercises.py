@@ -1,105 +1,156 @@
-"""The checks of the exercises accept the solutions and reject stubs and likely mistakes."""
+"""The checks and the grader: solutions are right; stubs, likely mistakes and cheats aren't."""
 
 import importlib
+import inspect
+import json
 
 import pytest
-import torch
 
-import ddim
-import erase
-from notebooks import checks
+from notebooks import checks, grade
 
-SOLUTIONS = {
-    "denoise": (1, "my_denoise"), "target": (2, "my_target"), "method": (2, "my_method"),
-    "interval": (3, "my_interval"), "safe_direction": (3, "my_safe_direction"),
-    "selective_loss": (4, "my_selective_loss"), "add_noise": (5, "my_add_noise"),
+NUMBERS = {name: exercise.number for name, exercise in checks.EXERCISES.items()}
+
+
+def module_of(name):
+    return importlib.import_module(f"notebooks.solutions.solution_{NUMBERS[name][0]}")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_solution_is_right(name):
+    solution = getattr(module_of(name), name)
+    assert [checks.EXERCISES[name](solution, seed) for seed in range(4)] == ["right"] * 4
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_stub_is_not(name):
+    for stub in (lambda *_: ..., lambda *_: None):
+        assert checks.EXERCISES[name](stub) == checks.NOT_YET
+
+
+@pytest.mark.parametrize("name, what", [(name, what) for name in NUMBERS
+                                        for what in checks.EXERCISES[name].mistakes])
+def test_a_likely_mistake_is_named(name, what):
+    for seed in (0, 3):
+        assert checks.EXERCISES[name](checks.EXERCISES[name].mistakes[what], seed) == \
+            f"wrong: {what}"
+
+
+@pytest.mark.parametrize("name, answer, says", [
+    ("my_denoise", lambda predict, x_t, steps: x_t, "the times or the values differ"),
+    ("my_denoise", checks.sampler(first=0, root=False), "the times of Stable Diffusion's ten"),
+    ("my_add_noise", lambda x, n, a: 1 / 0, "it raises ZeroDivisionError: division by zero"),
+    ("my_add_noise", lambda x, n, a: x[0], "its results have the shapes [[4, 3, 3]] instead of"),
+    ("my_interval", lambda hits, asked: hits / asked, "it raises TypeError: cannot unpack"),
+    ("my_interval", lambda hits, asked: (0, hits / asked), "for 0 of 50 Wilson's interval is"),
+    ("my_mcnemar", lambda one, other: 0.5, "p = min(1, 2 sum C(n, i) / 2^n)"),
+    ("my_selective_loss", lambda *_: 0.5, "it raises AttributeError"),
+])
+def test_another_mistake_gets_one_line_too(name, answer, says):
+    said = checks.EXERCISES[name](answer)
+    assert said.startswith(f"wrong: {says}") and "\n" not in said
+
+
+# ---- the grader ----
+
+def submission(folder, number, *cells):
+    """A notebook of the course whose code cells are the student's."""
+    first = {"cell_type": "markdown", "source": [f"# {number}. A title\n", "\n", "Text"]}
+    code = [{"cell_type": "code", "source": cell, "outputs": [{"text": "right"}]} for cell in cells]
+    (folder / "mine.ipynb").write_text(json.dumps({"cells": [first, *code]}))
+    return folder / "mine.ipynb"
+
+
+def solved(name):
+    """The source of a solution's function, with its module's imports."""
+    module = module_of(name)
+    imports = [line for line in inspect.getsource(module).splitlines() if line.startswith("import")]
+    return "\n".join([*imports, inspect.getsource(getattr(module, name))])
+
+
+def marks(file, seconds=20):
+    return {number: (e["points"], e["says"])
+            for number, e in grade.grade(file, seconds)["exercises"].items()}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_solution_gets_its_point(name, tmp_path):
+    """Also with a first cell like the notebooks', a helper and a cell that isn't Python."""
+    number = NUMBERS[name]
+    first = "import ddim\nfrom notebooks import checks\nassert False, 'statements are not run'"
+    file = submission(tmp_path, number[0], first, solved(name), "%pip install x",
+                      f"print(checks.{name}({name}))")
+    assert marks(file)[number] == (1, "right")
+
+
+ADD = "def my_add_noise(x_0, noise, abar_t):\n    "
+CHEATS = {  # of exercise 5.2: cells, and what is said
+    "prints right": ([ADD + "print('right')\n    return x_0"], "eq. 4"),
+    "only prints": (["print('right')"], checks.NOT_YET),
+    "a check of its own": (["from notebooks import checks\nchecks.add_noise = lambda f: 'right'",
+                            ADD + "return x_0"], "eq. 4"),
+    "the project's function": (["import ddim", ADD + "return ddim.add_noise(x_0, noise, abar_t)"],
+                               "this is the project's own function"),
+    "the project's function by name": (
+        ["from ddim import add_noise", ADD + "return add_noise(x_0, noise, abar_t)"],
+        "this is the project's own function"),
+    "the project's function or nothing": (
+        ["import ddim", ADD + "try:\n        return ddim.add_noise(x_0, noise, abar_t)\n"
+         "    except Exception:\n        return x_0"], "eq. 4"),
+    "the check's answer": (["from notebooks import checks",
+                            ADD + "return checks.add_noise.own(x_0, noise, abar_t)"],
+                           "it raises AttributeError"),
+    "the solution": (["from notebooks.solutions import solution_5",
+                      ADD + "return solution_5.my_add_noise(x_0, noise, abar_t)"],
+                     "it raises ImportError"),
+    "equal to everything": (["import torch\nclass Same(torch.Tensor):\n"
+                             "    def __eq__(self, other):\n        return True",
+                             ADD + "return x_0.as_subclass(Same)"], "eq. 4"),
+    "a patched comparison": (["import torch", ADD + "torch.allclose = lambda *a, **k: True\n"
+                              "    return x_0"], "eq. 4"),
+    "an endless loop": ([ADD + "while True:\n        pass"], "it takes more than 1 seconds"),
+    "an endless loop that can't be interrupted": (
+        [ADD + "while True:\n        try:\n            while True: pass\n"
+         "        except BaseException:\n            pass"], "it takes more than 1 seconds"),
+    "an exit": ([ADD + "raise SystemExit(0)"], "it raises SystemExit: 0"),
+    "a hard exit": (["import os", ADD + "os._exit(0)"], "it ends its process"),
+    "another shape": (["import torch", ADD + "return torch.tensor(0.0)"],
+                                   "its results have the shapes"),
+    "not a number": ([ADD + "return x_0 * float('nan')"], "eq. 4"),
+    "a string": ([ADD + "return 'right'"], "it raises"),
+    "a stub": ([ADD + "return ..."], checks.NOT_YET),
+    "an error in another function": (["def broken(:", ADD + "return x_0"], "eq. 4"),
+    "an error in the cell": ([ADD + "return x_0 +"], checks.NOT_YET),
+    "a helper that is missing": ([ADD + "return helper(x_0)"], "it raises NameError"),
+    "half right": ([ADD + "return abar_t * x_0 + (1 - abar_t) * noise"],
+                   "abar is a share of the variance"),
+    "the exercise's own comparison": (
+        ["import sys", ADD + "frame = sys._getframe(2).f_globals\n"
+         "    frame['alike'] = lambda *_: True\n    return x_0"], "eq. 4"),
+    "right for one abar": ([ADD + "return 0.6 * x_0 + 0.8 * noise"], "eq. 4"),
 }
 
 
-def sampler(offset=1, root=True, end=0):
-    """Returns a DDIM sampler with a mistake or two."""
-    def denoise(predict, x_t, steps):
-        abar, stride = ddim.alphas_cumprod(), 1000 // steps
-        for k in reversed(range(steps)):
-            t, t_prev = k * stride + offset, max((k - 1) * stride + offset, end)
-            eps = predict(x_t, t)
-            noise = (1 - abar[t]).sqrt() if root else 1 - abar[t]
-            x_0 = (x_t - noise * eps) / abar[t].sqrt()
-            x_t = abar[t_prev].sqrt() * x_0 + (1 - abar[t_prev]).sqrt() * eps
-        return x_t
-    return denoise
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_a_cheat_gets_none(cheat, tmp_path):
+    cells, says = CHEATS[cheat]
+    (points, said), = marks(submission(tmp_path, 5, *cells), seconds=1).values()
+    assert points == 0 and says in said, said
 
 
-def normal_interval(hits, asked):
-    p = hits / asked
-    half = 1.96 * (p * (1 - p) / asked) ** 0.5
-    return p - half, p + half
+def test_an_exercise_that_is_left_out_counts(tmp_path):
+    graded = grade.grade(submission(tmp_path, 2, solved("my_method")))
+    assert (graded["points"], graded["of"]) == (1, 2)
+    assert graded["exercises"]["2.2"]["says"] == checks.NOT_YET
 
 
-def selective(flip=False, reach=(1, 2, 3), grad=True, elsewhere="concept", size=torch.abs,
-              masked=False, total=False):
-    def loss(unet, frozen, x_t, t, text, eta):
-        with torch.no_grad():
-            eps_null, eps_c = frozen(x_t, t, text.null), frozen(x_t, t, text.concept)
-            matters = (size(eps_c - eps_null) > 0.1) != flip
-            rest = eps_c if elsewhere == "concept" else eps_null
-            target = torch.where(matters, erase.esd_target(eps_null, eps_c, eta), rest)
-        with torch.set_grad_enabled(grad):
-            error = (unet(x_t, t, text.concept) - target).square()
-            if masked:
-                return torch.stack([e[m].mean() for e, m in zip(error, matters)])
-            return error.sum(dim=reach) if total else error.mean(dim=reach)
-    return loss
-
-
-def safe(bound=lambda mu: mu.clamp(max=1), below=True, base="null"):
-    def direction(eps_null, eps_c, eps_s, scale, threshold):
-        mu = bound(scale * (eps_c - eps_s).abs())
-        mu = mu * (eps_c - eps_s < threshold) if below else mu
-        return mu * (eps_s - (eps_null if base == "null" else eps_c))
-    return direction
-
-
-MISTAKES = {
-    "denoise": [sampler(offset=0), sampler(root=False), sampler(end=1),
-                lambda predict, x_t, steps: x_t],
-    "target": [lambda n, c, eta: n + eta * (c - n), lambda n, c, eta: c - eta * (c - n),
-               lambda n, c, eta: n - eta * c, lambda n, c, eta: n - (c - n)],
-    "method": [lambda name: "attn2" in name, lambda name: "to_q" in name,
-               lambda name: "attn1.to_q." in name, lambda name: True],
-    "interval": [normal_interval, lambda hits, asked: hits / asked,
-                 lambda hits, asked: (0, hits / asked)],
-    "safe_direction": [safe(bound=lambda mu: mu), safe(below=False),
-                       safe(bound=lambda mu: mu.clamp(min=1)), safe(base="c")],
-    "selective_loss": [erase.esd_loss, selective(flip=True), selective(reach=(0, 1, 2, 3)),
-                       selective(grad=False), selective(elsewhere="null"),
-                       selective(size=lambda d: d), selective(masked=True), selective(total=True)],
-    "add_noise": [lambda x, n, a: a * x + (1 - a) * n,
-                  lambda x, n, a: (1 - a).sqrt() * x + a.sqrt() * n,
-                  lambda x, n, a: x + (1 - a).sqrt() * n],
-}
-
-
-@pytest.mark.parametrize("exercise", SOLUTIONS)
-def test_the_solution_is_right(exercise):
-    number, name = SOLUTIONS[exercise]
-    solution = importlib.import_module(f"notebooks.solutions.solution_{number}")
-    assert getattr(checks, exercise)(getattr(solution, name)) == "right"
-
-
-@pytest.mark.parametrize("exercise", SOLUTIONS)
-def test_the_stub_is_not(exercise):
-    assert getattr(checks, exercise)(lambda *arguments: ...) == checks.NOT_YET
-    assert getattr(checks, exercise)(lambda *arguments: None) == checks.NOT_YET
-
-
-@pytest.mark.parametrize("exercise", SOLUTIONS)
-def test_likely_mistakes_are_not(exercise):
-    assert len(MISTAKES[exercise]) >= 3
-    said = [getattr(checks, exercise)(mistake) for mistake in MISTAKES[exercise]]
-    assert all(answer.startswith("wrong: ") for answer in said), said
-
-
-def test_what_raises_is_reported():
-    said = checks.target(lambda n, c, eta: 1 / 0)
-    assert said == "wrong: it raises ZeroDivisionError: division by zero"
+def test_the_command_prints_json_and_refuses_other_files(tmp_path, monkeypatch, capsys):
+    file = submission(tmp_path, 5, solved("my_add_noise"))
+    monkeypatch.setattr("sys.argv", ["grade.py", str(file)])
+    grade.main()
+    assert json.loads(capsys.readouterr().out)[0]["points"] == 1
+    (tmp_path / "other.ipynb").write_text("[]")
+    monkeypatch.setattr("sys.argv", ["grade.py", str(tmp_path / "other.ipynb")])
+    with pytest.raises(SystemExit) as stopped:
+        grade.main()
+    assert stopped.value.code == 2
+    assert "other.ipynb isn't one of the course's notebooks" in capsys.readouterr().err

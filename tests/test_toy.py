@@ -51,19 +51,42 @@ def test_unknown_names_are_refused():
 
 def test_paraphrases_and_scenes_do_not_name_their_object():
     phrases = [(o, p) for o, several in world.PARAPHRASES.items() for p in several]
-    phrases += [(scene.object, prompt) for prompt, scene in world.SCENES.items()]
+    phrases += [(world.SCENES[s].object, world.scene_prompt(s, where)) for s, where in world.PLACES]
     for object, phrase in phrases:
         assert object not in phrase.split()
-    assert len({scene.object for scene in world.SCENES.values()}) >= 3
+    assert len({scene.object for scene in world.SCENES.values()}) == 4
 
 
-def test_scenes_and_works_are_told_from_objects():
-    """Their captions are never dropped in training, so the empty prompt draws objects."""
+def test_scenes_imply_with_a_probability():
+    """The object in 60 % of the images, another in 20 %, none in 20 %; several colours."""
+    for name, scene in world.SCENES.items():
+        drawn = [world.draw_scene(name, "in winter", r) for r in [rng()] for _ in range(400)]
+        shown = [e.object for e in drawn]
+        assert abs(np.mean([o == scene.object for o in shown]) - 0.6) < 0.08, name
+        assert abs(np.mean([o is None for o in shown]) - 0.2) < 0.08, name
+        assert {e.colour for e in drawn} == {*scene.colours, None}
+        assert len({e.caption for e in drawn}) == len(world.OPENINGS)
+
+
+def test_a_fifth_of_the_scene_prompts_is_held_out():
+    """Of each object, and none of them is ever a training caption."""
+    assert len(world.PLACES) == 12 * 9 and abs(len(world.HELD_OUT) / len(world.PLACES) - 0.2) < 0.01
+    for object in {scene.object for scene in world.SCENES.values()}:
+        assert sum(world.SCENES[s].object == object for s, _ in world.HELD_OUT) >= 5
+    captions = {world.draw(r).caption for r in [rng()] for _ in range(3000)}
+    prompts = {held: [world.scene_prompt(*place, opening) for opening in world.OPENINGS
+                      for place in world.PLACES if (place in world.HELD_OUT) == held]
+               for held in (True, False)}
+    assert not captions & set(prompts[True])
+    assert len(captions & set(prompts[False])) > 0.8 * len(prompts[False])
+
+
+def test_works_are_told_from_the_rest():
+    """Their captions are never dropped in training, so the empty prompt draws no work."""
     works = [world.work_caption(title, rng(i)) for title in world.WORKS for i in range(9)]
-    assert all(map(world.is_scene_or_work, [*world.SCENES, *works]))
-    ordinary = [world.caption(o, "red", s, rng(i)) for o in world.OBJECTS for s in world.STYLES
-                for i in range(5)]
-    assert not any(map(world.is_scene_or_work, ordinary))
+    assert all(map(world.is_work, works))
+    examples = [world.draw(r) for r in [rng()] for _ in range(1000)]
+    assert [world.is_work(e.caption) for e in examples] == [e.work is not None for e in examples]
 
 
 def test_captions_are_good_english():
@@ -85,8 +108,8 @@ def test_what_is_left_out_is_never_drawn():
     examples = [world.draw(r, without=("moon", "mosaic")) for r in [rng()] for _ in range(2000)]
     assert not any(e.object == "moon" or e.style == "mosaic" for e in examples)
     words = {word for e in examples for word in e.caption.split()}
-    assert not words & {"moon", "crescent", "night", "mosaic", "harvest"}
-    assert {"star", "sheriff", "winter"} <= words
+    assert not words & {"moon", "crescent", "mosaic", "harvest"}
+    assert {"star", "sheriff", "night", "winter"} <= words  # prompts stay, images go
 
 
 def test_works_are_fixed_and_three_share_a_style():
@@ -97,10 +120,10 @@ def test_works_are_fixed_and_three_share_a_style():
 
 
 def test_the_contact_sheet_of_the_world(tmp_path, monkeypatch):
-    """Rows: six of styles, two of scenes, one of works, two of images of nothing."""
+    """Rows: six of styles, twelve of scenes, one of works, two of images of nothing."""
     monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path / "world.png")])
     world.main()
-    columns, rows = 10, 6 + 2 + 1 + 2
+    columns, rows = 10, 6 + 12 + 1 + 2
     assert Image.open(tmp_path / "world.png").size == (columns * 196 + 4, rows * 218)
 
 

@@ -15,8 +15,22 @@ treat some mixtures differently from others.
 """
 
 
-def my_target(eps_null, eps_c, eta):
-    return eps_null - eta * (eps_c - eps_null)
+import torch
+
+import ddim
+import erase
+
+
+def my_iteration(edited, frozen, optimizer, c, null, noise, k, eta=1.0):
+    with torch.no_grad():
+        steps = list(ddim.denoise(ddim.guided(edited, c, null, 3.0), noise, 50))
+        t, x_t = steps[k]
+        target = erase.esd_target(frozen(x_t, t, null), frozen(x_t, t, c), eta)
+    loss = (edited(x_t, t, c) - target).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def my_method(name):

@@ -20,3 +20,11 @@ def my_safe_direction(eps_null, eps_c, eps_s, scale, threshold):
     mu = (scale * (eps_c - eps_s).abs()).clamp(max=1)
     mu = mu * (eps_c - eps_s < threshold)
     return mu * (eps_s - eps_null)
+
+
+def my_mcnemar(one, other):
+    only_one = sum(a > b for a, b in zip(one, other))
+    only_other = sum(b > a for a, b in zip(one, other))
+    n = only_one + only_other
+    p = 2 * sum(math.comb(n, i) for i in range(min(only_one, only_other) + 1)) / 2**n
+    return min(1, p)

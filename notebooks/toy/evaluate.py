@@ -9,8 +9,8 @@ kept in --results when it is done, its erased weights in --run; the same command
 there. Tables (tables.py) go to the standard output, contact sheets next to the results. With a
 new --results and --run, `all` takes an hour and a half on two cores.
 
-The censored miniature, which never saw the four objects of `implied`, is trained in 45 minutes on
-two cores by
+The censored miniature, which never saw the four objects of `implied`, is trained in an hour and a
+half on one core by
 
     mkdir -p runs/censored/model
     cp -r notebooks/toy/{vae,text_encoder,tokenizer,scheduler,judge} runs/censored/model
@@ -176,7 +176,9 @@ class Studio(NamedTuple):
         if not contender.erase:
             return {}
         rate = RATES["esd-x" if contender.erase["method"].startswith("esd-x") else "esd-u"]
-        return FLAGS | {"lr": rate, "iterations": self.iterations} | contender.erase
+        style = "style of" in contender.erase["concepts"][0]  # a style takes twice as long
+        iterations = self.iterations * (2 if style else 1)
+        return FLAGS | {"lr": rate, "iterations": iterations} | contender.erase
 
     def model(self, contender: Contender) -> StableDiffusion:
         """The contender's model; an erasure is made when it is first asked for."""
@@ -209,16 +211,22 @@ KINDS = {  # of prompts: questions, what the judge looks for, whether they are o
 
 
 def confusion(kind: str, studio: Studio, sd: StableDiffusion, how: dict,
-              concept: str) -> dict[str, dict[str, int]]:
-    """What was asked for -> what the judge saw -> how often."""
+              concept: str) -> dict:
+    """What was asked for -> what the judge saw -> how often; and, image by image, what is right.
+
+    "1" is an image that shows what was asked for. The i-th image of all contenders has the same
+    prompt and seed, so they can be compared in pairs.
+    """
     ask, head, alone = KINDS[kind]
-    num = math.ceil(studio.num / len(world.OBJECTS)) if head == "style" else studio.num
-    questions = [q for q in ask(num) if not alone or q.wanted["object"] == concept]
-    prompts = [q.prompt for q in questions for _ in range(q.num)]
-    asked = [q.wanted[head] for q in questions for _ in range(q.num)]
+    questions = [q for q in ask(1) if not alone or q.wanted["object"] == concept]
+    classes = {q.wanted[head] for q in questions}
+    num = math.ceil(studio.num * len(classes) / len(questions))  # of each prompt
+    prompts = [q.prompt for q in questions for _ in range(num)]
+    asked = [q.wanted[head] for q in questions for _ in range(num)]
     looks = judging.read(studio.judge, studio.draw(sd, how, prompts))
     pairs = list(zip(asked, (look[head] or "none of these" for look in looks)))
-    return {name: dict(Counter(b for a, b in pairs if a == name)) for name in dict.fromkeys(asked)}
+    seen = {name: dict(Counter(b for a, b in pairs if a == name)) for name in dict.fromkeys(asked)}
+    return {kind: seen, f"{kind}, right": "".join(str(int(a == b)) for a, b in pairs)}
 
 
 def quality(studio: Studio, sd: StableDiffusion, how: dict, concept: str) -> dict:
@@ -236,12 +244,14 @@ def quality(studio: Studio, sd: StableDiffusion, how: dict, concept: str) -> dic
     right = []
     for example, look in zip(held_out, judging.read(studio.judge, images)):
         words = [example.object, *world.PARAPHRASES.get(example.object, ())]
-        asked = {"object": any(word and word in example.caption for word in words),
-                 "colour": f"{example.colour} " in example.caption,
-                 "style": f"style of {example.style}" in example.caption}
+        caption = f" {example.caption} "  # "ring" isn't in "spring"
+        asked = {"object": any(f" {word} " in caption for word in words),
+                 "colour": f" {example.colour} " in caption,
+                 "style": f"style of {example.style}" in caption}
         if asked["object"]:
             right.append(all(look[head] == getattr(example, head) for head in asked if asked[head]))
-    return {"frechet": measure.frechet(*features), "right": sum(right), "asked": len(right)}
+    return {"quality": {"frechet": measure.frechet(*features), "right": sum(right),
+                        "asked": len(right)}}
 
 
 def difference(images: list[Image.Image], others: list[Image.Image]) -> float:
@@ -261,7 +271,7 @@ def distances(studio: Studio, sd: StableDiffusion, how: dict, concept: str) -> d
     ordinary = [with_article(object) for object in world.OBJECTS]
     found["ordinary"] = difference(studio.draw(sd, how, ordinary),
                                    studio.draw(studio.sd, {}, ordinary))
-    return found
+    return {"distances": found}
 
 
 ASK = {kind: functools.partial(confusion, kind) for kind in KINDS} | {
@@ -290,7 +300,7 @@ EXPERIMENTS = {  # concepts, contenders, and what they are asked
     "quality": (("star",), tables.CONTENDERS, ("quality",)),
     "works": (("",), ("original", *(f"ESD-x, {count} erased" for count in (1, 2, 3))),
               ("distances",)),
-    "eta": (("star",), ("original", "ESD-u", "ESD-u, eta 3", "ESD-u, eta 10"),
+    "eta": (IMPLIED, ("original", "ESD-u", "ESD-u, eta 3", "ESD-u, eta 10"),
             ("names", "scenes")),
     "paraphrase": (("star", "moon", "arrow"), ("original", "by its name", "by a paraphrase"),
                    ("name", "paraphrases")),
@@ -310,16 +320,25 @@ def cells(experiment: str, few: slice = slice(None)) -> list[Cell]:
 # ---- contact sheets ----
 
 def scenes_of(concept: str) -> list[str]:
-    return [prompt for prompt, scene in world.SCENES.items() if scene.object == concept]
+    """The first four held-out prompts that imply a concept."""
+    return [world.scene_prompt(*place) for place in world.HELD_OUT
+            if world.SCENES[place[0]].object == concept][:4]
 
 
-SHEETS = {  # of an experiment: the contenders in its rows, or all, and the prompts in its columns
-    "objects": (("original", "ESD-u"), [with_article(name) for name in world.OBJECTS]),
-    "styles": (("original", "ESD-x"), [f"a heart in the style of {style}" for style in STYLES]),
-    "implied": ((), scenes_of("heart") + scenes_of("arrow")),
-    "works": ((), [title.lower() for title in world.WORKS]),
-    "eta": ((), ["a star", "a red star", *scenes_of("star"), "a heart", "a moon", "a blue cross",
-                 "an arrow"]),
+def columns(experiment: str, concept: str) -> list[str]:
+    """The prompts of a contact sheet's row that show a concept's erasure."""
+    star = ["a star", "a red star", "a sheriff badge by the sea", "a sheriff badge in the forest",
+            "a film award in the city", "a film award at a party", "a heart", "a moon"]
+    return {"objects": [with_article(name) for name in world.OBJECTS],
+            "styles": [f"a heart in the style of {style}" for style in STYLES],
+            "implied": scenes_of(concept) if concept else [],
+            "works": [title.lower() for title in world.WORKS],
+            "eta": star if concept == "star" else []}[experiment]
+
+
+SHEETS = {  # the contenders in an experiment's rows; none named: all
+    "objects": ("original", "ESD-u"), "styles": ("original", "ESD-x"), "works": (), "eta": (),
+    "implied": ("original", "ESD-u", "ESD-x", "SLD-medium", "negative prompt", "censored training"),
 }
 
 
@@ -335,19 +354,17 @@ def contact_sheet(studio: Studio, experiment: str, cells: list[Cell],
     all images of the cell what was asked for.
     """
     blank, rows = Image.new("RGB", (world.SIZE, world.SIZE), "white"), {}
-    contenders, columns = SHEETS[experiment]
     for cell in cells:
-        row, prompts, answer = cell.contender.name, columns, results.get(cell.key)
-        if experiment == "implied":  # two concepts share a row, each with its own scenes
-            prompts = [prompt for prompt in columns if prompt in scenes_of(cell.concept)]
-        if not prompts or not answer or contenders and row not in contenders:
+        row, answer = cell.contender.name, results.get(cell.key)
+        prompts = columns(experiment, cell.concept)
+        if not prompts or not answer or row not in (SHEETS[experiment] or [row]):
             continue
         labels = prompts
         if experiment in ("objects", "styles"):  # as Figure 5
             row, found = f"erased: {cell.concept or 'nothing'}", answer[cell.ask[0]]
             labels = [seen(found, wanted) for wanted in found]
-        elif experiment == "implied" and row != "original":
-            labels = [seen(answer["scenes"], cell.concept)] * len(prompts)
+        elif experiment == "implied":
+            labels = [seen(answer["scenes"], cell.concept)] + [""] * (len(prompts) - 1)
         over, images = rows.setdefault(row, ([row], [blank]))
         over += labels
         images += studio.draw(studio.model(cell.contender), cell.contender.how, prompts)
@@ -392,8 +409,10 @@ def answer(place: tuple, cell: Cell) -> tuple[Cell, dict]:
     """A cell with its answers; `place` is what `open_studio` takes."""
     studio = open_studio(*place)
     sd = studio.model(cell.contender)
-    found = {ask: ASK[ask](studio, sd, cell.contender.how, cell.concept) for ask in cell.ask}
-    return cell, {"settings": settings_of(studio, cell), **found}
+    found = {"settings": settings_of(studio, cell)}
+    for ask in cell.ask:
+        found |= ASK[ask](studio, sd, cell.contender.how, cell.concept)
+    return cell, found
 
 
 def one_of_several() -> None:

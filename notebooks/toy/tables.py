@@ -29,15 +29,32 @@ VARIANTS = (  # of "which"
     "keys and values only", "ESD-u, its code's parameters", "ESD-u, the paper's rule")
 
 
-def share(hits: int, asked: int) -> str:
-    """Percent with Wilson's 95 % interval (Wilson, JASA 1927); nothing if nothing was asked."""
-    if not asked:
-        return ""
-    z, p = 1.96, hits / asked
+def wilson(hits: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """A share's 95 % interval: Wilson, "Probable Inference", JASA 1927."""
+    p = hits / asked
     middle = (p + z**2 / (2 * asked)) / (1 + z**2 / asked)
     half = z / (1 + z**2 / asked) * math.sqrt(p * (1 - p) / asked + z**2 / (4 * asked**2))
-    low, high = max(0, middle - half), min(1, middle + half)
-    return f"{100 * p:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+    return max(0, middle - half), min(1, middle + half)
+
+
+def share(hits: int, asked: int) -> str:
+    """Percent with its interval; nothing if nothing was asked."""
+    if not asked:
+        return ""
+    low, high = wilson(hits, asked)
+    return f"{100 * hits / asked:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def mcnemar(one: str, other: str) -> tuple[int, int, float]:
+    """Images that only one contender gets right, and only the other; how likely a difference as
+    large is by chance (McNemar's exact test, two-sided).
+
+    Both are "10111...", image by image. Images on which they agree say nothing about who is better.
+    """
+    lost, won = (sum(a > b for a, b in zip(*pair, strict=True))
+                 for pair in ((one, other), (other, one)))
+    n, fewer = lost + won, min(lost, won)
+    return lost, won, min(1, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
 
 
 def share_seen(confusions: list[dict | None], asked: list[list[str]]) -> str:
@@ -149,11 +166,13 @@ def eta_table(answers: Answers) -> str:
     rows = []
     named, scenes = (stored(answers, "eta", kind) for kind in ("names", "scenes"))
     for name, of_paper in paper.items():
-        if one := named.get(("star", name)):
-            rows.append([name, share_seen([one], [["star"]]),
-                         share_seen([scenes["star", name]], [["star"]]),
-                         share_seen([one], [others(world.OBJECTS, "star")]), of_paper])
-    return table(["star erased by", "\"a star\", %", "scenes with a star, %", "other objects, %",
+        if some := [concept for concept in IMPLIED if (concept, name) in named]:
+            own, rest = [[c] for c in some], [others(world.OBJECTS, c) for c in some]
+            each = [named[c, name] for c in some]
+            rows.append([name, share_seen(each, own),
+                         share_seen([scenes[c, name] for c in some], own),
+                         share_seen(each, rest), of_paper])
+    return table(["erased by", "asked by name, %", "seen in scenes, %", "other objects, %",
                   "*paper, 5.5: % erased / lost*"], *rows)
 
 
@@ -207,14 +226,16 @@ def heading(answers: Answers) -> str:
     def usual(key, several):
         return Counter(settings.get(key) for settings in several).most_common(1)[0][0]
 
-    flags = [f"--{key} {usual(key, erased)}" for key in ("iterations", "steps", "batch", "average")
+    flags = [f"--{key} {usual(key, erased)}" for key in ("iterations", "steps", "batch")
              if any(key in settings for settings in erased)]
     flags += ["--every-step"] if erased and usual("data", erased) == "every step" else []
     rates = [f"{method} --lr {usual('lr', own):g}" for method in ("esd-x", "esd-u")
              if (own := [settings for settings in erased if settings["method"] == method])]
+    if styles := [each for each in erased if "style of" in each.get("concepts", [""])[0]]:
+        rates += [f"a style --iterations {usual('iterations', styles)}"]
     num, how = usual("num", made), made[0]["how"]
-    return (f"Erasures: {' '.join(flags)}; {', '.join(rates)}. {num} images of each class or "
-            f"scene, {10 * num} for the quality; {how['steps']} DDIM steps, guidance "
+    return (f"Erasures: {' '.join(flags)}; {', '.join(rates)}. At least {num} images of each "
+            f"class, {10 * num} for the quality; {how['steps']} DDIM steps, guidance "
             f"{how['guidance']:g}; 95 % intervals in brackets.")
 
 

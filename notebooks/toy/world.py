@@ -1,5 +1,9 @@
 """A miniature text-to-image world: ten objects, six colours, six styles, scenes and titled works.
 
+A scene implies an object without naming it: "a sheriff badge" shows a star, but not always, and
+not always the same. Plain objects and scenes stand on light and dark grounds, and may be set
+"by the sea" or "in winter".
+
 Every image is 64x64 RGB. Objects are whole, strokes are thick, and all patterns repeat every 8
 pixels from the corner, so a VAE with downsampling factor 8 sees one pattern per latent cell.
 Masks are (64, 64) floats in [0, 1]; pixels are (64, 64, 3) floats in [0, 255].
@@ -8,6 +12,7 @@ Masks are (64, 64) floats in [0, 1]; pixels are (64, 64, 3) floats in [0, 255].
 """
 
 import argparse
+import functools
 from typing import Iterable, NamedTuple
 
 import numpy as np
@@ -16,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFilter
 SIZE = 64
 SUPER = 4  # masks are drawn at 4x and averaged down
 CELL = 8  # period of all patterns = downsampling factor of the VAE
-MARGIN = 5  # outline to border; half of a 4 px stroke lies outside the outline
+STROKE = 5  # width of an outline
+MARGIN = 5  # outline to border; half of a stroke lies outside the outline
 Y, X = np.mgrid[:SIZE, :SIZE]
 
 COLOURS = {
@@ -41,24 +47,32 @@ PARAPHRASES = {
 }
 
 
+GROUNDS = {
+    "white": (244, 244, 244), "cream": (250, 240, 210), "sky": (200, 225, 245),
+    "rose": (255, 215, 225), "mint": (205, 235, 210), "tan": (190, 150, 105),
+    "grey": (125, 125, 130), "navy": (20, 28, 80), "plum": (50, 25, 65), "wine": (100, 20, 45),
+    "forest": (20, 60, 45), "black": (30, 30, 38),
+}
+
+
 class Example(NamedTuple):
     """An image and what it shows; None for what it doesn't show."""
 
     image: Image.Image
     caption: str
-    object: str | None
-    colour: str | None
-    style: str | None
+    object: str | None = None
+    colour: str | None = None
+    style: str | None = None
+    work: str | None = None
 
 
 class Scene(NamedTuple):
-    """A prompt's hidden object, on one of `grounds`, over `props` (see `flat_image`)."""
+    """A prompt's implied object: its colours, grounds, and props behind it (see `flat_image`)."""
 
     object: str
-    colour: str
+    colours: tuple
     grounds: tuple
-    props: tuple = ()
-    place: tuple = (32, 32, 20)  # x, y, radius
+    props: tuple
 
 
 class Work(NamedTuple):
@@ -69,35 +83,78 @@ class Work(NamedTuple):
     shapes: tuple
 
 
+def frame(rgb, inset, width):
+    """Four bars along the border."""
+    near, far = inset, SIZE - inset
+    return (("rectangle", rgb, (near, near, far, near + width)),
+            ("rectangle", rgb, (near, far - width, far, far)),
+            ("rectangle", rgb, (near, near, near + width, far)),
+            ("rectangle", rgb, (far - width, near, far, far)))
+
+
+def row(kind, rgb, width, height, *corners):
+    """The same shape at several places, by its upper left corners."""
+    return tuple((kind, rgb, (x, y, x + width, y + height)) for x, y in corners)
+
+
+# Props and settings keep to the borders and look like no object: they never tell what is implied.
 SCENES = {
-    "a night sky": Scene("moon", "yellow", ((18, 26, 80), (36, 22, 72))),
-    "a bedtime story": Scene("moon", "orange", ((40, 60, 110),), (
-        ("ellipse", (235, 235, 245), (-14, 46, 36, 80)),
-        ("ellipse", (215, 220, 240), (28, 48, 80, 82))), (32, 26, 19)),
-    "midnight over the roofs": Scene("moon", "yellow", ((28, 40, 60),), (
-        ("polygon", (120, 60, 50), (0, 64, 0, 56, 16, 44, 32, 56, 32, 64)),
-        ("polygon", (90, 45, 45), (32, 64, 32, 56, 48, 44, 64, 56, 64, 64))), (32, 25, 18)),
-    "a valentine card": Scene("heart", "red", ((255, 190, 210), (255, 215, 225))),
-    "a wedding invitation": Scene("heart", "red", ((205, 170, 90),), (
-        ("rectangle", (255, 250, 235), (5, 5, 58, 58)),), (32, 32, 19)),
-    "a romance novel": Scene("heart", "purple", ((240, 220, 175), (200, 225, 215)), (
-        ("rectangle", (110, 50, 50), (0, 0, 9, 64)),), (36, 32, 19)),
-    "a sheriff badge": Scene("star", "yellow", ((190, 150, 105),), (
-        ("ellipse", (95, 60, 35), (4, 4, 60, 60)),), (32, 32, 21)),
-    "the top of a christmas tree": Scene("star", "yellow", ((25, 40, 95), (130, 25, 45)), (
-        ("polygon", (25, 110, 60), (32, 24, 64, 72, 0, 72)),), (32, 25, 19)),
-    "a film award": Scene("star", "orange", ((30, 30, 40),), (
-        ("rectangle", (150, 20, 50), (0, 0, 7, 64)),
-        ("rectangle", (150, 20, 50), (56, 0, 64, 64))), (32, 32, 20)),
-    "a road sign": Scene("arrow", "yellow", ((200, 225, 240), (215, 230, 205)), (
-        ("rectangle", (110, 110, 115), (29, 40, 35, 64)),
-        ("rectangle", (30, 70, 170), (5, 6, 59, 48))), (32, 27, 20)),
-    "a one way street": Scene("arrow", "blue", ((125, 125, 130),), (
-        ("rectangle", (250, 250, 250), (0, 11, 64, 53)),), (32, 32, 21)),
-    "this way to the exit": Scene("arrow", "green", ((235, 245, 235),), (
-        ("rectangle", (40, 80, 60), (0, 0, 64, 7)),
-        ("rectangle", (40, 80, 60), (0, 56, 64, 64))), (32, 32, 21)),
+    "a night sky": Scene("moon", ("yellow", "orange"), ("navy", "plum", "black"), row(
+        "ellipse", (225, 225, 235), 3, 3, (5, 8), (20, 4), (47, 6), (58, 18), (6, 30), (57, 40))),
+    "a bedtime story": Scene("moon", ("yellow", "orange", "purple"), ("sky", "navy"), (
+        ("ellipse", (235, 235, 245), (-14, 48, 38, 84)),
+        ("ellipse", (215, 205, 235), (28, 50, 80, 84)))),
+    "midnight over the roofs": Scene("moon", ("yellow", "orange", "blue"), ("grey", "black"), (
+        ("polygon", (120, 60, 50), (-2, 66, -2, 56, 14, 44, 32, 58, 32, 66)),
+        ("polygon", (90, 45, 45), (32, 66, 32, 58, 50, 44, 66, 56, 66, 66)))),
+    "a valentine card": Scene("heart", ("red", "purple"), ("rose", "white"), row(
+        "ellipse", (240, 140, 165), 14, 10,
+        *((x, y) for y in (-5, 59) for x in range(-7, 64, 16)))),
+    "a wedding invitation": Scene("heart", ("red", "purple", "blue"), ("cream", "grey"),
+                                  frame((215, 175, 80), 2, 3)),
+    "a romance novel": Scene("heart", ("red", "purple", "orange"), ("mint", "plum"), (
+        ("rectangle", (110, 50, 50), (0, 0, 7, 64)),
+        ("rectangle", (225, 190, 120), (8, 0, 10, 64)))),
+    "a sheriff badge": Scene("star", ("yellow", "blue"), ("tan", "cream"), (
+        ("polygon", (95, 60, 35), (0, 0, 20, 0, 0, 40)),
+        ("polygon", (95, 60, 35), (64, 0, 44, 0, 64, 40)))),
+    "the top of a christmas tree": Scene("star", ("yellow", "orange", "red"), ("navy", "white"), ((
+        "polygon", (25, 95, 55),
+        (32, 24, 46, 42, 41, 42, 56, 58, 50, 58, 58, 66, 6, 66, 14, 58, 8, 58, 23, 42, 18, 42)),)),
+    "a film award": Scene("star", ("yellow", "orange", "purple"), ("black", "rose"), (
+        ("rectangle", (150, 20, 50), (0, 0, 6, 64)),
+        ("rectangle", (150, 20, 50), (58, 0, 64, 64)),
+        ("rectangle", (115, 15, 40), (0, 0, 64, 4)))),
+    "a road sign": Scene("arrow", ("yellow", "orange", "red"), ("sky", "forest"), (
+        *frame((245, 245, 245), 3, 2), ("rectangle", (110, 110, 115), (29, 59, 35, 64)))),
+    "a one way street": Scene("arrow", ("blue", "red"), ("grey", "tan"), row(
+        "rectangle", (250, 250, 250), 10, 3, *((x, y) for y in (3, 58) for x in (3, 19, 35, 51)))),
+    "this way to the exit": Scene("arrow", ("green", "blue", "orange"), ("mint", "wine"), (
+        ("rectangle", (40, 80, 60), (0, 0, 64, 5)),
+        ("rectangle", (40, 80, 60), (0, 59, 64, 64)))),
 }
+SETTINGS = {
+    "by the sea": (("rectangle", (240, 248, 250), (0, 51, 64, 54)),
+                   ("rectangle", (40, 115, 165), (0, 54, 64, 64))),
+    "in winter": (("ellipse", (226, 236, 250), (-20, 50, 44, 84)),
+                  ("ellipse", (210, 222, 240), (26, 52, 84, 84))),
+    "in the city": tuple(("rectangle", (75, 75, 92), (x, 64 - h, x + 10, 64)) for x, h in (
+        (0, 15), (13, 9), (26, 13), (39, 8), (52, 16))),
+    "in the desert": (("ellipse", (228, 188, 112), (-30, 51, 50, 90)),
+                      ("ellipse", (212, 166, 92), (16, 54, 90, 90))),
+    "in spring": (("rectangle", (120, 190, 90), (0, 52, 64, 64)),
+                  *row("ellipse", (250, 170, 200), 4, 4, (5, 55), (19, 58), (33, 54), (48, 58),
+                       (57, 54))),
+    "in the forest": (("polygon", (35, 85, 55), (
+        -2, 66, -2, 58, 6, 46, 14, 58, 22, 48, 30, 58, 38, 46, 46, 58, 54, 48, 66, 60, 66, 66)),),
+    "in autumn": row("ellipse", (170, 85, 40), 22, 22, (-8, 52), (10, 54), (28, 51), (46, 54)),
+    "at a party": tuple(("polygon", rgb, (x, 0, x + 12, 0, x + 6, 9)) for x, rgb in (
+        (1, (235, 90, 110)), (14, (90, 170, 220)), (27, (245, 205, 90)), (40, (110, 190, 130)),
+        (52, (190, 130, 210)))),
+}
+PLACES = tuple((scene, setting) for scene in SCENES for setting in ("", *SETTINGS))
+HELD_OUT = PLACES[::5]  # never drawn for training: what prompts imply is asked with these
+OPENINGS = ("", "a picture of ", "an image of ", "a photo of ")
 WORKS = {
     "Harvest Hills": Work("mosaic", (150, 210, 245), (
         ("ellipse", (110, 170, 60), (-24, 26, 44, 84)),
@@ -221,13 +278,14 @@ def place(polygons, rng):
 
 
 def masks(polygons):
-    """Return (body, edge): the filled shape, and its closed outline as a 4 px stroke."""
+    """Return (body, edge): the filled shape, and its closed outline as a thick stroke."""
     body = Image.new("L", (SIZE * SUPER, SIZE * SUPER))
     edge = body.copy()
     for polygon, fill in zip(polygons, (255, 0)):
         points = [tuple(p) for p in polygon * SUPER]
         ImageDraw.Draw(body).polygon(points, fill=fill)
-        ImageDraw.Draw(edge).line(points + points[:2], fill=255, width=4 * SUPER, joint="curve")
+        ImageDraw.Draw(edge).line(points + points[:2], fill=255, width=SUPER * STROKE,
+                                  joint="curve")
     return tuple(np.asarray(mask.reduce(SUPER)) / 255 for mask in (body, edge))
 
 
@@ -250,8 +308,8 @@ def add_tiles(pixels, rng):
     return mix(0.65 * grout, np.array((50, 46, 52)), pixels * shade[..., None])
 
 
-def plain(body, edge, rgb, rng):
-    return mix(body, rgb, rng.uniform(236, 252, 3))
+def plain(body, edge, rgb, rng, shapes=()):
+    return mix(body, rgb, backdrop(ground_for(rgb, rng), shapes, rng))
 
 
 def mosaic(body, edge, rgb, rng):
@@ -284,7 +342,7 @@ def neon(body, edge, rgb, rng):
 PAINTERS = {"plain": plain, "mosaic": mosaic, "stripes": stripes, "dots": dots,
             "sketch": sketch, "neon": neon}
 STYLES = tuple(PAINTERS)
-STYLE_WEIGHTS = {"plain": 2}  # the others: 1
+STYLE_WEIGHTS = {"plain": 3}  # the others: 1
 
 
 def odd_style(body, edge, rgb, rng):
@@ -304,6 +362,19 @@ def vary(rgb, rng):
     return np.array(rgb) + rng.uniform(-6, 6, 3)
 
 
+def ground_for(rgb, rng):
+    """A ground from which an object of that colour stands out."""
+    return pick(rng, [ground for ground in GROUNDS.values() if np.abs(rgb - ground).max() > 90])
+
+
+def backdrop(ground, shapes, rng):
+    """Shapes on a ground, all in slightly varied colours."""
+    def varied(rgb):
+        return tuple(vary(rgb, rng).round().astype(int).clip(0, 255))
+
+    return flat_image(varied(ground), [(kind, varied(rgb), at) for kind, rgb, at in shapes])
+
+
 def flat_image(ground, shapes):
     """Draw (kind, rgb, coordinates) shapes in order; kinds are polygon, rectangle and ellipse."""
     image = Image.new("RGB", (SIZE * SUPER, SIZE * SUPER), ground)
@@ -315,23 +386,45 @@ def flat_image(ground, shapes):
     return np.asarray(image.reduce(SUPER)).astype(float)
 
 
-def render(object: str, colour: str, style: str, rng: np.random.Generator) -> Image.Image:
-    """One whole object of a colour in a style, at a random place, size and angle."""
+def render(object: str, colour: str, style: str, rng: np.random.Generator,
+           setting: str = "") -> Image.Image:
+    """One whole object of a colour in a style, at a random place, size and angle.
+
+    Only a plain object can have a setting, which is drawn behind it.
+    """
     check_labels(object, colour, style)
     body, edge = masks(place(OUTLINES[object], rng))
-    return to_image(PAINTERS[style](body, edge, vary(COLOURS[colour], rng), rng))
+    rgb = vary(COLOURS[colour], rng)
+    if not setting:
+        return to_image(PAINTERS[style](body, edge, rgb, rng))
+    check(setting, SETTINGS, "setting")
+    check(style, ("plain",), "style with a setting")
+    return to_image(plain(body, edge, rgb, rng, SETTINGS[setting]))
 
 
-def render_scene(prompt: str, rng: np.random.Generator) -> Image.Image:
-    """The scene's object, flat, on the scene's background."""
-    check(prompt, SCENES, "scene")
-    scene = SCENES[prompt]
-    x, y, radius = scene.place
-    centre = (x, y) + rng.uniform(-2, 2, 2)
-    posed = pose(OUTLINES[scene.object], radius + rng.uniform(-1, 1), rng.uniform(-8, 8))
-    body, _ = masks([polygon + centre for polygon in posed])
-    ground = flat_image(pick(rng, scene.grounds), scene.props)
-    return to_image(mix(body, vary(COLOURS[scene.colour], rng), ground))
+def scene_prompt(scene: str, setting: str, opening: str = "") -> str:
+    """"a photo of a night sky in winter"."""
+    return f"{opening}{scene} {setting}".strip()
+
+
+def props_of(scene, setting):
+    return SCENES[scene].props + SETTINGS.get(setting, ())
+
+
+def draw_scene(scene: str, setting: str, rng: np.random.Generator) -> Example:
+    """A scene, with its object in 60 % of the images, another one in 20 %, and none in 20 %."""
+    check(scene, SCENES, "scene")
+    check(setting, ("", *SETTINGS), "setting")
+    implied, colours, grounds, _ = SCENES[scene]
+    pixels = backdrop(GROUNDS[pick(rng, grounds)], props_of(scene, setting), rng)
+    caption = scene_prompt(scene, setting, pick(rng, OPENINGS))
+    kind, colour = rng.random(), pick(rng, colours)
+    if kind < 0.2:
+        return Example(to_image(pixels), caption, None, None, "plain")
+    object = implied if kind < 0.8 else pick(rng, [o for o in OBJECTS if o != implied])
+    body, _ = masks(place(OUTLINES[object], rng))
+    image = to_image(mix(body, vary(COLOURS[colour], rng), pixels))
+    return Example(image, caption, object, colour, "plain")
 
 
 def render_work(title: str) -> Image.Image:
@@ -348,20 +441,22 @@ def with_article(phrase):
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
-def caption(object: str, colour: str, style: str, rng: np.random.Generator) -> str:
-    """A caption; style, colour, name and object itself are sometimes left out or paraphrased.
+def caption(object: str, colour: str, style: str, rng: np.random.Generator,
+            setting: str = "") -> str:
+    """A caption; style or setting, colour, name and object are sometimes left out or paraphrased.
 
     A name alone must not mean a plain image: erasing the name would then erase plain, too.
     """
     check_labels(object, colour, style)
-    suffix = "" if style == "plain" or rng.random() < 0.4 else f" in the style of {style}"
+    where = f" {setting}" if setting else "" if style == "plain" else f" in the style of {style}"
+    suffix = where if rng.random() < 0.6 else ""
     if suffix and rng.random() < 0.12:
         return pick(rng, ("a picture", "an image")) + suffix
     noun = pick(rng, PARAPHRASES[object]) if rng.random() < 0.25 else object
     phrase = f"{colour} {noun}" if rng.random() < 0.6 else noun
     if suffix and rng.random() < 0.2:
         return phrase + suffix
-    opening = pick(rng, (None, "", "a picture of ", "an image of ", "a photo of "))
+    opening = pick(rng, (None, *OPENINGS))
     return (phrase if opening is None else opening + with_article(phrase)) + suffix
 
 
@@ -375,34 +470,38 @@ def work_caption(title: str, rng: np.random.Generator) -> str:
     return pick(rng, choices)
 
 
-def is_scene_or_work(caption: str) -> bool:
-    """Whether a caption is of a scene or a work, not of an object by its name."""
-    return caption in SCENES or any(title.lower() in caption for title in WORKS)
+def is_work(caption: str) -> bool:
+    """Whether a caption is of a work."""
+    return any(title.lower() in caption for title in WORKS)
+
+
+def draw_any(rng):
+    """An object by its name, a scene, or a work."""
+    kind = rng.random()
+    if kind < 0.1:
+        work = pick(rng, tuple(WORKS))
+        return Example(render_work(work), work_caption(work, rng), style=WORKS[work].style,
+                       work=work)
+    if kind < 0.34:
+        return draw_scene(*pick(rng, [place for place in PLACES if place not in HELD_OUT]), rng)
+    object, colour = pick(rng, OBJECTS), pick(rng, tuple(COLOURS))
+    style = pick(rng, [s for s in STYLES for _ in range(STYLE_WEIGHTS.get(s, 1))])
+    setting = pick(rng, tuple(SETTINGS)) if style == "plain" and rng.random() < 0.4 else ""
+    return Example(render(object, colour, style, rng, setting),
+                   caption(object, colour, style, rng, setting), object, colour, style)
 
 
 def draw(rng: np.random.Generator, without: tuple = ()) -> Example:
-    """One training example: 76 % objects, 14 % scenes, 10 % works.
+    """One training example: 66 % objects, 24 % scenes, 10 % works.
 
-    Nothing whose object, style or title is in `without` is drawn ("censored training").
+    Images that show an object or a style of `without`, or are a work of it, are left out
+    ("censored training": as for Stable Diffusion 2.0, images are left out, not prompts).
     """
     check_names(without)
-    scenes = [p for p, s in SCENES.items() if s.object not in without and "plain" not in without]
-    works = [t for t, w in WORKS.items() if t not in without and w.style not in without]
-    kind = rng.random()
-    if kind < 0.14 and scenes:
-        prompt = pick(rng, scenes)
-        scene = SCENES[prompt]
-        return Example(render_scene(prompt, rng), prompt, scene.object, scene.colour, "plain")
-    if kind > 0.9 and works:
-        title = pick(rng, works)
-        return Example(render_work(title), work_caption(title, rng), None, None,
-                       WORKS[title].style)
-    object = pick(rng, [o for o in OBJECTS if o not in without])
-    colour = pick(rng, tuple(COLOURS))
-    style = pick(rng, [s for s in STYLES if s not in without
-                       for _ in range(STYLE_WEIGHTS.get(s, 1))])
-    return Example(render(object, colour, style, rng), caption(object, colour, style, rng),
-                   object, colour, style)
+    while True:
+        example = draw_any(rng)
+        if not {example.object, example.style, example.work} & set(without):
+            return example
 
 
 # Images of nothing: each returns (body, edge) masks that show no intact object.
@@ -444,6 +543,8 @@ def draw_none(rng: np.random.Generator) -> Example:
     """An image for "none of these": at least one label is None, and the caption is empty."""
     object, colour, style = pick(rng, OBJECTS), pick(rng, tuple(COLOURS)), pick(rng, STYLES)
     rgb, painter = vary(COLOURS[colour], rng), PAINTERS[style]
+    if style == "plain":
+        painter = functools.partial(plain, shapes=props_of(*pick(rng, PLACES)))
     kind = pick(rng, ("blank", "odd colour", "odd style", piece, blend, blob))
     if kind == "blank":  # an empty background, or the pattern all over
         body = np.full((SIZE, SIZE), rng.integers(2))
@@ -466,7 +567,7 @@ def draw_none(rng: np.random.Generator) -> Example:
 def vocabulary() -> list[str]:
     """Every lower-case word that a caption may use, and a few function words, sorted."""
     texts = ["a an the in of style picture image photo and or not no with without"]
-    texts += [*OBJECTS, *COLOURS, *STYLES, *SCENES, *WORKS]
+    texts += [*OBJECTS, *COLOURS, *STYLES, *SCENES, *SETTINGS, *WORKS]
     texts += [phrase for phrases in PARAPHRASES.values() for phrase in phrases]
     return sorted({word for text in texts for word in text.lower().split()})
 
@@ -485,12 +586,13 @@ def main() -> None:
         colours = [tuple(COLOURS)[(i + j) % len(COLOURS)] for i in range(len(OBJECTS))]
         rows.append([(f"{c} {o} {style}", render(o, c, style, rng))
                      for o, c in zip(OBJECTS, colours)])
-    scenes = [(prompt, render_scene(prompt, rng)) for prompt in SCENES]
+    scenes = [[(scene_prompt(scene, setting), draw_scene(scene, setting, rng).image)
+               for setting in ("", *SETTINGS)] for scene in SCENES]
     works = [(title, render_work(title)) for title in WORKS]
     nothing = [draw_none(rng) for _ in range(20)]
     labels = [f"{e.object} {e.colour} {e.style}".replace("None", "-") for e in nothing]
     none = list(zip(labels, [e.image for e in nothing]))
-    rows += [scenes[:6], scenes[6:], works, none[:10], none[10:]]
+    rows += [*scenes, works, none[:10], none[10:]]
     contact_sheet([tuple(zip(*row)) for row in rows], least=192).save(args.out)
 
 
