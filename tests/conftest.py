@@ -4,6 +4,7 @@ import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests don't use the hub; test_formats.py has a stand-in
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: see set_num_threads below
 
 import pytest
 import torch
