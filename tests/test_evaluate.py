@@ -302,6 +302,12 @@ def test_each_image_of_a_contact_sheet_has_a_label(studio, monkeypatch, results,
     assert len(rows) == {"objects": 11, "styles": 6, "implied": 6, "works": 4, "eta": 4}[name]
 
 
+@pytest.mark.parametrize("name", evaluate.SHEETS)
+def test_a_quick_run_has_something_for_each_sheet(name):
+    quick = evaluate.cells(name, slice(2))
+    assert any(evaluate.columns(name, cell.concept) for cell in quick)
+
+
 def test_a_label_says_how_often_the_concept_is_seen(studio, monkeypatch, results):
     def label(key, kind, name):
         found = results[key][kind][name]
