@@ -686,7 +686,7 @@ def test_the_hub(server, folder, tmp_path):
 
 def test_repositories_without_float32_safetensors(server, folder, tmp_path):
     """Of each part, one file is downloaded: the first form that there is."""
-    suffixes = {"bin": ".bin", "half": ".fp16.safetensors", "half-bin": ".fp16.bin"}
+    suffixes = {"bin": ".bin", "half": ".fp16.safetensors"}
     for name, suffix in suffixes.items():
         dtype = torch.float16 if "half" in name else torch.float32
         copy = formats.write_folder(folder, server.root / "someone" / name, suffix, dtype, False)
@@ -697,8 +697,8 @@ def test_repositories_without_float32_safetensors(server, folder, tmp_path):
     weights = [name for name, _ in server.served if name.endswith((".bin", ".safetensors"))]
     assert sorted(weights) == sorted(
         [f"unet/diffusion_pytorch_model{suffix}" for suffix in suffixes.values()]
-        + ["text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors",
-           "text_encoder/pytorch_model.fp16.bin"] + ["vae/diffusion_pytorch_model.safetensors"] * 3)
+        + ["text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors"]
+        + ["vae/diffusion_pytorch_model.safetensors"] * 2)
     assert all((tmp_path / f"{name}.png").exists() for name in suffixes)
 
 
