@@ -4,8 +4,8 @@
 
 Only imports, functions and classes of a notebook are run, and nothing that it stores or prints
 counts. Each function is asked in a process of its own, in which the project's functions that would
-be the answer raise an error, for 20 seconds at most; its results are compared out here. Who copies
-the project's lines by hand isn't found out.
+be the answer raise an error, for 20 seconds at most; its results are compared in this process. A
+copy of the project's lines, typed by hand, still counts as right.
 """
 
 import argparse
