@@ -52,9 +52,9 @@ class Exercise(NamedTuple):
                   for some in (found, expected)]
         if shapes[0] != shapes[1]:
             return f"wrong: its results have the shapes {shapes[0]} instead of {shapes[1]}"
-        right = next(i for i in range(len(found)) if not alike(found[:i + 1], expected[:i + 1]))
+        wrong = next(i for i in range(len(found)) if not alike(found[:i + 1], expected[:i + 1]))
         for what, mistake in self.mistakes.items():  # compared up to the first wrong result
-            if alike(found[:right + 1], self.ask(mistake, seed)[:right + 1]):
+            if alike(found[:wrong + 1], self.ask(mistake, seed)[:wrong + 1]):
                 return f"wrong: {what}"
         return f"wrong: {self.otherwise}"
 

@@ -7,7 +7,7 @@
 A cell is one contender (a model, and how it is sampled) and what it is asked. Its answers are
 kept in --results when it is done, its erased weights in --run; the same command goes on from
 there. Tables (tables.py) go to the standard output, contact sheets next to the results. With a
-new --results and --run, `all` takes an hour and a half on two cores.
+new --results and --run, `all` takes about an hour on two cores.
 
 The censored miniature, which never saw the four objects of `implied`, is trained in an hour and a
 half on one core by
@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import erase
 import sample
-from notebooks.methods import safe_latent_diffusion
+from notebooks.methods import safe_latent_diffusion, uce
 from notebooks.toy import judge as judging
 from notebooks.toy import measure, tables, world
 from notebooks.toy.tables import FAMILY, IMPLIED, STYLES
@@ -94,7 +94,7 @@ def contender(name: str, concept: str) -> Contender:
 
 MORE_METHODS = {  # next to those of erase.py
     "esd-u of the paper": lambda name: "attn2" not in name,  # its words; its code leaves out more
-    "esd-x-strict": lambda name: "attn2.to_k" in name or "attn2.to_v" in name,  # of its code
+    "esd-x-strict": uce.keys_and_values,  # of its code
 }
 
 
@@ -300,7 +300,7 @@ EXPERIMENTS = {  # concepts, contenders, and what they are asked
     "quality": (("star",), tables.CONTENDERS, ("quality",)),
     "works": (("",), ("original", *(f"ESD-x, {count} erased" for count in (1, 2, 3))),
               ("distances",)),
-    "eta": (("star", "moon", "heart", "arrow"),
+    "eta": (("star", "moon", "heart", "arrow"),  # the star first: its sheet is in a quick run, too
             ("original", "ESD-u", "ESD-u, eta 3", "ESD-u, eta 10"), ("names", "scenes")),
     "paraphrase": (("star", "moon", "arrow"), ("original", "by its name", "by a paraphrase"),
                    ("name", "paraphrases")),
