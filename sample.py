@@ -207,7 +207,7 @@ def read_model(path: Path, ema: bool) -> tuple[dict[str, Any], dict[str, Tensor]
     """
     schedule, yaml = path / "scheduler/scheduler_config.json", path.with_suffix(".yaml")
     said, configs, tensors = read_json(schedule) if schedule.is_file() else {}, {}, {}
-    single = read_tensors(path) if path.is_file() else {}
+    single = read_tensors(path) if ema or path.is_file() else {}  # a folder has no second U-Net
     said |= re.findall(r"(parameterization)\W+(\w+)", yaml.read_text() if yaml.is_file() else "")
     ddim.check_schedule(said)
     for name, part in PARTS.items():

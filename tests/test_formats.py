@@ -222,6 +222,11 @@ def test_an_average_with_a_gap_is_refused(sd, folder, tmp_path, small_single):
         sample.load(tmp_path / "full", tokenizer=folder / "tokenizer", ema=True)
 
 
+def test_a_folder_has_no_average(folder):
+    with pytest.raises(ValueError, match="Is a directory"):
+        sample.load(folder, ema=True)
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
 def test_tensors_of_a_ckpt_are_mapped_not_read(checkpoint):
     before = checkpoint.name in Path("/proc/self/maps").read_text()
