@@ -41,8 +41,7 @@ def x_t_for_an_anchor(sd, how):
 
 
 def prompts_to_keep(sd, how):
-    kept = [sd.encode([prompt] * how["batch"]) for prompt in ("heart", "moon")]
-    keep = [erase.Text(c, c, c) for c in kept]  # null is c: Eq. 6's target is theta*'s own eps
+    keep = [erase.Text(*[sd.encode([prompt] * how["batch"])] * 3) for prompt in ("heart", "moon")]
     def data(unet, texts, *rest):
         for both in zip(erase.own_ways(unet, texts, *rest), erase.own_ways(sd.unet, keep, *rest)):
             yield from both
