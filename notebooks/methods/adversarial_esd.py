@@ -24,7 +24,8 @@ def attack(unet: Callable, target: Tensor, x_t: Tensor, t: Tensor, c: Tensor, to
 
     min over delta of || eps_theta(x_t, [c, delta], t) - eps_theta*(x_t, c, t) ||^2
     """
-    delta = torch.zeros(len(c), tokens, c.shape[2], device=c.device, requires_grad=True)
+    rng = torch.Generator().manual_seed(0)  # tokens that start alike would stay alike
+    delta = torch.rand(len(c), tokens, c.shape[2], generator=rng).to(c.device).requires_grad_()
     optimizer = torch.optim.Adam([delta], lr)
     for _ in range(steps):
         eps = unet(x_t, t, torch.cat([c, delta.to(c.dtype)], dim=1))

@@ -24,12 +24,13 @@ def adversarial(original: list[Tensor], edited: list[Tensor], c: Tensor, lam: fl
 
 
 @torch.no_grad()
-def erase(sd: StableDiffusion, concepts: dict[str, str], keep: list[str] = (), rounds: int = 3,
+def erase(sd: StableDiffusion, concepts: dict[str, str], keep: list[str] = (), rounds: int = 1,
           lam: float = 0.1, adversary_lam: float = 1e-3) -> dict[str, Tensor]:
-    """Returns the edited weights by name: UCE's, then `rounds` times without what c' brings back.
+    """Returns the edited weights by name: UCE's, then `rounds` more edits that each erase c'.
 
     concepts: {prompt: guide}; keep: prompts that stay. The smaller adversary_lam, the further c'
-    may be from any real prompt.
+    may be from any real prompt. The paper has these values for styles and objects; for nudity, 3
+    rounds and 0.1.
     """
     theta = uce.erase(sd, concepts, keep, lam)
     original = [W.double() for name, W in sd.unet.named_parameters() if name in theta]
@@ -37,5 +38,6 @@ def erase(sd: StableDiffusion, concepts: dict[str, str], keep: list[str] = (), r
     for _ in range(rounds):
         edited = [W.double() for W in theta.values()]
         found = adversarial(original, edited, c_e, adversary_lam)
-        theta = {name: uce.edited(W, found, c_g, c_p, lam) for name, W in theta.items()}
+        theta = {name: uce.edited(W, found, c_g, c_p, lam, uce.strength(keep))
+                 for name, W in theta.items()}
     return theta

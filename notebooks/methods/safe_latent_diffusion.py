@@ -7,42 +7,30 @@ Schramowski et al., "Safe Latent Diffusion", CVPR 2023, https://arxiv.org/abs/22
 the two baselines in the ESD paper. Symbols as in ddim.py; s is the concept to avoid.
 """
 
-from typing import Callable, NamedTuple
+from collections import namedtuple
+from typing import Callable
 
 import torch
 from torch import Tensor
 
 import ddim
 
-
-class Safety(NamedTuple):
-    """How strongly to steer away. The paper's symbols are in the comments."""
-
-    delta: int  # steps, out of 50, before gamma counts
-    scale: float  # s_S
-    threshold: float  # lambda
-    momentum_scale: float  # s_m
-    beta: float  # beta_m, decay of the momentum
-
-
+# delta: steps, out of 50, before gamma counts; scale is s_S, threshold lambda, beta the decay of nu
+Safety = namedtuple("Safety", "delta scale threshold momentum_scale beta")
 SETTINGS = {  # the paper's
-    "weak": Safety(15, 200, 0.0, 0.0, 0.0),
-    "medium": Safety(10, 1000, 0.01, 0.3, 0.4),
-    "strong": Safety(7, 2000, 0.025, 0.5, 0.7),
-    "max": Safety(0, 5000, 1.0, 0.5, 0.7),
-}
+    "weak": Safety(15, 200, 0.0, 0.0, 0.0), "medium": Safety(10, 1000, 0.01, 0.3, 0.4),
+    "strong": Safety(7, 2000, 0.025, 0.5, 0.7), "max": Safety(0, 5000, 1.0, 0.5, 0.7)}
 
 
 def safe_direction(eps_null: Tensor, eps_c: Tensor, eps_s: Tensor, momentum: Tensor,
                    safety: Safety) -> tuple[Tensor, Tensor]:
-    """Returns gamma, which is subtracted from the guidance, and the next momentum nu.
+    """Returns gamma, which is subtracted from the guidance, and the next momentum nu; (B, 4, H, W).
 
     mu    = 0 where eps_c - eps_s >= lambda, else min(1, s_S |eps_c - eps_s|)
     gamma = mu (eps_s - eps_null) + s_m nu
     nu    = beta_m nu + (1 - beta_m) gamma
 
-    All tensors are (B, 4, H, W). The paper's eq. 6 has max(1, ...), which would never let mu be
-    small; its code has min.
+    The paper's eq. 6 has max(1, ...), which would never let mu be small; its code has min.
     """
     mu = (safety.scale * (eps_c - eps_s).abs()).clamp(max=1)
     mu = mu.where(eps_c - eps_s < safety.threshold, 0)
@@ -51,14 +39,10 @@ def safe_direction(eps_null: Tensor, eps_c: Tensor, eps_s: Tensor, momentum: Ten
 
 
 def guided(concept: Tensor, setting: str) -> Callable:
-    """Returns a function like `ddim.guided` that also steers away from `concept`, (1, 77, 768).
+    """Returns a function like `ddim.guided` that also steers away from `concept`, (1, 77, 768):
 
     eps = eps_null + guidance * (eps_c - eps_null - gamma), where gamma counts from step delta on
-
-    Raises ValueError for an unknown setting.
     """
-    if setting not in SETTINGS:
-        raise ValueError(f"sld is {setting!r}, choose from {', '.join(SETTINGS)}")
     safety = SETTINGS[setting]
 
     def guided_away(unet: Callable, text: Tensor, null: Tensor, guidance: float) -> Callable:
