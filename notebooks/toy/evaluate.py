@@ -176,8 +176,8 @@ class Studio(NamedTuple):
         if not contender.erase:
             return {}
         rate = RATES["esd-x" if contender.erase["method"].startswith("esd-x") else "esd-u"]
-        style = "style of" in contender.erase["concepts"][0]  # a style takes twice as long
-        iterations = self.iterations * (2 if style else 1)
+        style = "style of" in contender.erase["concepts"][0]  # a style takes longer
+        iterations = self.iterations * (3 if style else 1)
         return FLAGS | {"lr": rate, "iterations": iterations} | contender.erase
 
     def model(self, contender: Contender) -> StableDiffusion:

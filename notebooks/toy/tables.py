@@ -59,8 +59,10 @@ def mcnemar(one: str, other: str) -> tuple[int, int, float]:
 
 def share_seen(confusions: list[dict | None], asked: list[list[str]]) -> str:
     """The share that shows what was asked for, over some classes of each confusion."""
-    rows = [(wanted, found[wanted]) for found, classes in zip(confusions, asked) if found
-            for wanted in classes]
+    pairs = [(found, wanted) for found, classes in zip(confusions, asked) if found
+             for wanted in classes]  # what a model was asked once also counts once
+    rows = [(wanted, found[wanted]) for i, (found, wanted) in enumerate(pairs)
+            if (found, wanted) not in pairs[:i]]
     return share(sum(row.get(wanted, 0) for wanted, row in rows),
                  sum(sum(row.values()) for _, row in rows))
 
