@@ -1,6 +1,6 @@
 """Trains the miniature Stable Diffusion from scratch, with this project's own modules.
 
-    python -m notebooks.toy.train                 # every stage, about 90 minutes on two cores
+    python -m notebooks.toy.train                 # every stage, about two hours on two cores
     python -m notebooks.toy.train --without star --run runs/without_star     # censored data
 
 Stages, in order: tokenizer, vae, text (contrastive, then frozen), unet, judge; a stage needs what
