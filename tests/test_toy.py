@@ -60,7 +60,7 @@ def test_paraphrases_and_scenes_do_not_name_their_object():
 def test_scenes_imply_with_a_probability():
     """The object in 60 % of the images, another in 20 %, none in 20 %; several colours."""
     for name, scene in world.SCENES.items():
-        drawn = [world.draw_scene(name, "in winter", r) for r in [rng()] for _ in range(400)]
+        drawn = [world.draw_scene(name, "in winter", r) for r in [rng()] for _ in range(200)]
         shown = [e.object for e in drawn]
         assert abs(np.mean([o == scene.object for o in shown]) - 0.6) < 0.08, name
         assert abs(np.mean([o is None for o in shown]) - 0.2) < 0.08, name
