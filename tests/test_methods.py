@@ -201,7 +201,7 @@ def test_the_tokens_of_uce(sd):
     assert torch.equal(c_e, torch.cat([star[:, 2:], moon[:, 1:]], dim=1))
     assert torch.equal(c_g, torch.cat([heart[:, 1:76], empty[:, :76]], dim=1))
     assert torch.equal(c_p, torch.cat([empty, ring], dim=1))
-    assert [uce.strength(["moon"] * n) for n in (0, 1, 30)] == [1, 0.5, 0.1]
+    assert [uce.keep_weight(["moon"] * n) for n in (0, 1, 30)] == [1, 0.5, 0.1]
 
 
 def test_uce_edits_keys_and_values_alone(sd):

@@ -41,7 +41,7 @@ def x_t_for_an_anchor(sd, how):
 
 
 def prompts_to_keep(sd, how):
-    keep = [erase.Text(*[sd.encode([prompt] * how["batch"])] * 3) for prompt in ("heart", "moon")]
+    keep = [erase.Text(c, c, c) for p in ("heart", "moon") for c in [sd.encode([p] * how["batch"])]]
     def data(unet, texts, *rest):
         for both in zip(erase.own_ways(unet, texts, *rest), erase.own_ways(sd.unet, keep, *rest)):
             yield from both

@@ -29,7 +29,7 @@ def erase(sd: StableDiffusion, concepts: dict[str, str], keep: list[str] = (), r
     """Returns the edited weights by name: UCE's, then `rounds` more edits that each erase c'.
 
     concepts: {prompt: guide}; keep: prompts that stay. The smaller adversary_lam, the further c'
-    may be from any real prompt. The paper has these values for styles and objects; for nudity, 3
+    may be from any real prompt. Its code has these values for styles and objects; for nudity, 3
     rounds and 0.1.
     """
     theta = uce.erase(sd, concepts, keep, lam)
@@ -38,6 +38,6 @@ def erase(sd: StableDiffusion, concepts: dict[str, str], keep: list[str] = (), r
     for _ in range(rounds):
         edited = [W.double() for W in theta.values()]
         found = adversarial(original, edited, c_e, adversary_lam)
-        theta = {name: uce.edited(W, found, c_g, c_p, lam, uce.strength(keep))
+        theta = {name: uce.edited(W, found, c_g, c_p, lam, uce.keep_weight(keep))
                  for name, W in theta.items()}
     return theta

@@ -48,8 +48,8 @@ def edited(W: Tensor, c_e: Tensor, c_g: Tensor, c_p: Tensor, lam: float, s: floa
     return torch.linalg.solve(met, wanted, left=False).float()
 
 
-def strength(keep: list[str]) -> float:
-    """s, which falls with the number of prompts to keep, as in the code."""
+def keep_weight(keep: list[str]) -> float:
+    """Returns s; the empty prompt counts as one of those to keep."""
     return max(0.1, 1 / (1 + len(keep)))
 
 
@@ -58,5 +58,5 @@ def erase(sd: StableDiffusion, concepts: dict[str, str], keep: list[str] = (),
           lam: float = 0.1) -> dict[str, Tensor]:
     """Returns the edited weights by name. concepts: {prompt: guide}; keep: prompts that stay."""
     c_e, c_g, c_p = tokens(sd, concepts, keep)
-    return {name: edited(W, c_e, c_g, c_p, lam, strength(keep))
+    return {name: edited(W, c_e, c_g, c_p, lam, keep_weight(keep))
             for name, W in sd.unet.named_parameters() if keys_and_values(name)}
