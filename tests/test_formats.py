@@ -689,34 +689,29 @@ def test_the_hub(server, folder, tmp_path):
     assert images[0] == images[1] == images[2]
 
 
-def test_repositories_without_float32_safetensors(server, folder, tmp_path):
+def test_repositories_without_float32_safetensors_or_without_a_model(server, folder, tmp_path):
     """Of each part, one file is downloaded: the first form that there is."""
     suffixes = {"bin": ".bin", "half": ".fp16.safetensors"}
     for name, suffix in suffixes.items():
         dtype = torch.float16 if "half" in name else torch.float32
         copy = formats.write_folder(folder, server.root / "someone" / name, suffix, dtype, False)
         shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", copy / "vae")
+    (server.root / "someone" / "single").mkdir(parents=True)
+    (server.root / "someone" / "single" / "v1.ckpt").write_bytes(b"weights")
+    refused = {"someone/nothing": "can't load someone/nothing: RepositoryNotFoundError",
+               "someone/single": "can't load someone/single: FileNotFoundError",
+               "not/a/hub/name": "can't load not/a/hub/name: "}
+    drawn = [f"--model someone/{name} --out {tmp_path}/{name}.png" for name in suffixes]
     errors = on_the_hub(server, tmp_path / "home", *(
-        f"--model someone/{name} --out {tmp_path}/{name}.png" for name in suffixes))
-    assert "exit status" not in errors
+        f"--model {model} --out {tmp_path}/out.png" for model in refused), *drawn)
+
+    *said, rest = errors.split("exit status 2\n")
+    assert len(said) == 3 and "exit status" not in rest and "Traceback" not in errors
+    for lines, says in zip(said, refused.values()):
+        assert says in lines.strip().splitlines()[-1]
+    assert {file.stem for file in tmp_path.glob("*.png")} == {*suffixes}
     weights = [name for name, _ in server.served if name.endswith((".bin", ".safetensors"))]
     assert sorted(weights) == sorted(
         [f"unet/diffusion_pytorch_model{suffix}" for suffix in suffixes.values()]
         + ["text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors"]
         + ["vae/diffusion_pytorch_model.safetensors"] * 2)
-    assert all((tmp_path / f"{name}.png").exists() for name in suffixes)
-
-
-def test_what_the_hub_does_not_have(server, tmp_path):
-    (server.root / "someone" / "single").mkdir(parents=True)
-    (server.root / "someone" / "single" / "v1.ckpt").write_bytes(b"weights")
-    expected = {"someone/nothing": "can't load someone/nothing: RepositoryNotFoundError",
-                "someone/single": "can't load someone/single: FileNotFoundError",
-                "not/a/hub/name": "can't load not/a/hub/name: "}
-    errors = on_the_hub(server, tmp_path / "home",
-                        *(f"--model {model} --out {tmp_path}/out.png" for model in expected))
-    *said, rest = errors.split("exit status 2\n")
-    assert len(said) == 3 and not rest and "Traceback" not in errors
-    for lines, says in zip(said, expected.values()):
-        assert says in lines.strip().splitlines()[-1]
-    assert not (tmp_path / "out.png").exists()
