@@ -1,7 +1,6 @@
 """Unified Concept Editing (UCE): erases in closed form, without any training.
 
     theta = uce.erase(sd, {"star": ""}, keep=["heart", "moon"])
-    images = sample.generate(sample.with_tuned(sd, theta), ["a star"])
 
 Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024,
 https://arxiv.org/abs/2308.14761; tokens and strengths as in its code of 2023. Symbols: W the weight
@@ -49,8 +48,7 @@ def edited(W: Tensor, c_e: Tensor, c_g: Tensor, c_p: Tensor, lam: float, s: floa
 
 
 def keep_weight(keep: list[str]) -> float:
-    """Returns s; the empty prompt counts as one of those to keep."""
-    return max(0.1, 1 / (1 + len(keep)))
+    return max(0.1, 1 / (1 + len(keep)))  # s in eq. 7; the empty prompt is kept, too
 
 
 @torch.no_grad()
