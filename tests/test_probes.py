@@ -82,7 +82,12 @@ def test_the_noise_that_is_added_is_ddims_own(sd, monkeypatch):
     monkeypatch.setattr(sample.StableDiffusion, "decode", lambda sd, x: latents.append(x))
     zero, x_t = replace(sd, unet=Unet(lambda x_t, *_: 0 * x_t)), torch.zeros(64, 4, 8, 8)
     for amount in (1.0, 2.0):
-        probes.draw(zero, sd.encode([PROMPT]), x_t, steps=4, amount=amount)
+        rng = torch.Generator().manual_seed(0)
+        probes.draw(zero, sd.encode([PROMPT]), x_t, steps=4, amount=amount, rng=rng)
+    after_three = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        torch.randn(x_t.shape, generator=after_three)
+    assert torch.equal(rng.get_state(), after_three.get_state())
     abar, variance = ddim.alphas_cumprod(), 0.0
     for t, t_prev in ((751, 501), (501, 251), (251, 1)):
         beta = 1 - abar[t] / abar[t_prev]
@@ -94,11 +99,26 @@ def test_the_noise_that_is_added_is_ddims_own(sd, monkeypatch):
 
 
 def test_the_24_amounts_of_noise(sd, monkeypatch):
-    monkeypatch.setattr(probes, "draw", lambda *args, **how: (args, how))
-    several = list(probes.with_noise(sd, "text", "x_t", steps=2))
-    assert all(args == (sd, "text", "x_t") and how["steps"] == 2 for args, how in several)
-    amounts = [how["amount"] for _, how in several]
-    assert len(set(amounts)) == 24 and (min(amounts), max(amounts)) == (1, 1.85 * 1.04)
+    """Noise 0 never shows the concept, noise i with the i-th amount; then it isn't asked again."""
+    asked = []
+
+    def draw(model, text, x_t, amount, rng, steps):
+        assert model is sd and text == "text" and steps == 2
+        asked.append((x_t[:, 0].tolist(), amount, rng))
+        return [amount == amounts[i - 1] and i > 0 for i in asked[-1][0]]  # "images"
+
+    amounts = sorted(probes.NOISES)
+    monkeypatch.setattr(probes, "draw", draw)
+    monkeypatch.setattr(probes, "NOISES", amounts)
+    assert len(set(amounts)) == 24 and (amounts[0], amounts[-1]) == (1, 1.85 * 1.04)
+    noise = torch.arange(4)[:, None]
+    assert probes.with_noise(sd, "text", noise, lambda images: images, steps=2) == 3
+    assert [numbers for numbers, _, _ in asked] == [
+        [0, 1, 2, 3], [0, 2, 3], [0, 3], *[[0]] * 21]
+    assert [amount for _, amount, _ in asked] == amounts
+    assert len({id(rng) for _, _, rng in asked}) == 1  # goes on: fresh noise for each
+    assert probes.with_noise(sd, "text", noise[1:2], lambda images: images, steps=2) == 1
+    assert len(asked) == 25  # none is left to ask
 
 
 def test_words_are_learned_and_the_model_stays(sd, images):
@@ -115,7 +135,7 @@ def test_words_are_learned_and_the_model_stays(sd, images):
     assert not torch.isclose(learned[:, 2], ordinary[:, 2]).all()
 
 
-def test_a_hard_prompt_is_the_best_word_and_then_the_next():
+def test_a_hard_prompt_is_the_best_token_and_then_the_next():
     worth, asked = {"sea": 3, "badge": 2, "film": 2, "an": 0}, []
 
     def score(prompts):
@@ -128,12 +148,12 @@ def test_a_hard_prompt_is_the_best_word_and_then_the_next():
     assert probes.hard_prompt(PROMPT, ["an"], lambda prompts: [1] * len(prompts)) == PROMPT
 
 
-def test_the_vocabulary_is_of_real_words(sd):
+def test_the_vocabulary_can_be_typed(sd):
     words = probes.vocabulary(sd)
     assert {"star", "badge", "an"} <= {*words}
     assert all(len(word) > 1 and "<" not in word for word in words)
     ids = [sd.tokenizer(word).input_ids for word in words]
-    assert all(len(row) == 3 for row in ids)  # start, the word, end
+    assert all(len(row) == 3 for row in ids)  # start, the token, end
 
 
 def test_a_head_start_begins_with_noised_images(sd, images):

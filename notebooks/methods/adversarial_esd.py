@@ -1,4 +1,4 @@
-"""ESD against learned prompts: each step erases what an attacker would have found first.
+"""ESD against learned prompts: attacks the model before each step, and erases what it found.
 
     loss = adversarial_esd.against(keep=sd.encode(["a heart", "a moon"]))
     theta = erase.erase(sd, ["star"], method="esd-u", loss_fn=loss)

@@ -18,7 +18,7 @@ from sample import StableDiffusion
 
 
 def data(sd: StableDiffusion, contexts: dict[str, str]) -> Callable:
-    """Returns a function like `erase.own_ways` at every step, with whose items Eq. 6 reads
+    """Returns a function like `erase.own_ways` at every step, whose items turn Eq. 6 into
 
     target = eps_theta*(x_t, k, t) - eta * [eps_theta*(x_t, c, t) - eps_theta*(x_t, k, t)]
 
@@ -30,10 +30,11 @@ def data(sd: StableDiffusion, contexts: dict[str, str]) -> Callable:
                     rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Text]]:
         ways = [erase.own_ways(unet, [text], shape, steps, guidance, rng, every_step=True)
                 for text in texts]
+        pairs = [*zip(ways, features, strict=True)]
         while True:
-            i = torch.randint(len(texts), (1,), generator=rng)
+            way, k = pairs[torch.randint(len(pairs), (1,), generator=rng)]
             for _ in range(steps):
-                x_t, t, text = next(ways[i])
-                yield x_t, t, text._replace(null=features[i].expand_as(text.null))
+                x_t, t, text = next(way)
+                yield x_t, t, text._replace(null=k.expand_as(text.null))
 
     return in_contexts

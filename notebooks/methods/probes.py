@@ -25,7 +25,7 @@ NOISES = [e * s for e in (1, 1.17, 1.34, 1.51, 1.68, 1.85) for s in (1, 1.02, 1.
 
 def noised(sd: StableDiffusion, images: list[Image.Image], batch: int = 8, seed: int = 0
            ) -> Iterator[Batch]:
-    """Yields random ones of the images, noised to random times, without end."""
+    """Yields endless batches of randomly chosen images, noised to random times."""
     x_0, abar = sd.encode_images(images), ddim.alphas_cumprod()
     rng = torch.Generator().manual_seed(seed)
     while True:
@@ -36,7 +36,7 @@ def noised(sd: StableDiffusion, images: list[Image.Image], batch: int = 8, seed:
 
 
 def denoising_error(unet: Callable, text: Tensor, batch: Batch) -> Tensor:
-    """Returns how badly a prompt's features (1, 77, 768) predict the noise in images, ():
+    """How badly the U-Net predicts the noise in images for a prompt's features, (1, 77, 768):
 
     the mean of w_t || eps - eps_theta(x_t, c, t) ||^2, where w_t = min(SNR_t, 5) / SNR_t and
     SNR_t = abar_t / (1 - abar_t): Hang et al., "min-SNR", https://arxiv.org/abs/2303.09556
@@ -49,23 +49,24 @@ def denoising_error(unet: Callable, text: Tensor, batch: Batch) -> Tensor:
 
 
 def noise(sd: StableDiffusion, seeds: Iterable[int]) -> Tensor:
-    """The noise that `sample.generate` starts from, one of each seed, (B, 4, H, W)."""
+    """The noise that `sample.generate` starts from, one per seed, (B, 4, H, W)."""
     return torch.cat([sample.starting_noise(sd, 1, seed, None) for seed in seeds]).to(sd.device)
 
 
 @torch.no_grad()
 def draw(sd: StableDiffusion, text: Tensor, x_t: Tensor, steps: int = 10, guidance: float = 5.0,
-         skip: int = 0, amount: float = 0.0) -> list[Image.Image]:
+         skip: int = 0, amount: float = 0.0, rng: torch.Generator | None = None
+         ) -> list[Image.Image]:
     """Images for a prompt's features (1, 77, 768), by DDIM from x_t, (B, 4, H, W).
 
-    skip: how many steps are left out, so x_t is for the time after them.
-    amount: each step adds that many sigma_t of noise, DDIM's own with an eta of 1 (its eq. 16):
+    skip: leave out this many steps; x_t is then the latent for the next one.
+    amount: on top of each deterministic step but the last, this many sigma_t of noise from `rng`:
 
-    sigma_t^2 = (1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)
+    sigma_t^2 = (1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)     (DDIM, eq. 16, eta 1)
     """
     text, null = (some.expand(len(x_t), -1, -1) for some in (text, sd.encode([""])))
     predict, abar = ddim.guided(sd.unet, text, null, guidance), ddim.alphas_cumprod().to(sd.device)
-    rng, times = torch.Generator().manual_seed(0), [*ddim.timesteps(steps), 0][skip:]
+    times = [*ddim.timesteps(steps), 0][skip:]
     for t, t_prev in zip(times, times[1:]):
         variance = (1 - abar[t_prev]) / (1 - abar[t]) * (1 - abar[t] / abar[t_prev])
         x_t = ddim.step(x_t, predict(x_t, t), abar[t], abar[t_prev])
@@ -81,7 +82,8 @@ def learned_words(sd: StableDiffusion, batches: Iterator[Batch], iterations: int
     """Textual inversion: returns the features, (1, 77, 768), of "a" and four learned words v.
 
     v = argmin of the denoising error on the images: Gal et al., "An Image is Worth One Word",
-    https://arxiv.org/abs/2208.01618, eq. 2, with the weights w_t. The words start as ordinary ones.
+    https://arxiv.org/abs/2208.01618, eq. 2, with the weights w_t. v starts as "picture image photo
+    figure".
     """
     length = sd.text_encoder.config.max_position_embeddings
     ids = sd.tokenizer("a picture image photo figure", padding="max_length",
@@ -102,17 +104,17 @@ def learned_words(sd: StableDiffusion, batches: Iterator[Batch], iterations: int
     return features().detach()
 
 
-def hard_prompt(prompt: str, words: list[str], score: Callable[[list[str]], list[float]],
+def hard_prompt(prompt: str, tokens: list[str], score: Callable[[list[str]], list[float]],
                 count: int = 2) -> str:
-    """Returns the prompt after up to `count` real words that raise its score, found greedily.
+    """Returns the prompt behind up to `count` tokens that raise its score, found greedily.
 
     score: how well images of each prompt show the concept. UnlearnDiffAtk (Zhang et al., ECCV
     2024, https://arxiv.org/abs/2310.11868) lowers the error on given images instead, with gradients
-    over a vocabulary of 49,408 tokens; a miniature's can be tried whole.
+    over a vocabulary of 49,408 tokens; a miniature's is small enough to try every one.
     """
     best, = score([prompt])
     for _ in range(count):
-        longer = [f"{word} {prompt}" for word in words]
+        longer = [f"{token} {prompt}" for token in tokens]
         scores = score(longer)
         if max(scores) <= best:
             break
@@ -121,25 +123,34 @@ def hard_prompt(prompt: str, words: list[str], score: Callable[[list[str]], list
 
 
 def vocabulary(sd: StableDiffusion) -> list[str]:
-    """The tokens that end a word and have two letters or more."""
+    """The tokens that can be typed as a word of their own; of two letters or more."""
     ends = [token.removesuffix("</w>") for token in sorted(sd.tokenizer.get_vocab())
             if token.endswith("</w>")]
     return [token for token in ends if len(token) > 1 and token.isalpha()]
 
 
-def with_noise(sd: StableDiffusion, text: Tensor, x_t: Tensor, **how) -> Iterator[list]:
-    """Yields the images for each of 24 amounts of noise; how: as for `draw`.
+def with_noise(sd: StableDiffusion, text: Tensor, x_t: Tensor,
+               shows: Callable[[list[Image.Image]], list[bool]], **how) -> int:
+    """How many of the starting noises x_t, (B, 4, H, W), lead to an image that shows the concept,
+    with at least one of 24 amounts of added noise.
 
-    "When Are Concepts Erased From Diffusion Models?", NeurIPS 2025: the noise comes on top of the
-    step, and the best of the 24 counts for each image.
+    Lu et al., "When Are Concepts Erased From Diffusion Models?", https://arxiv.org/abs/2505.17013.
+    shows: whether each of some images shows the concept; how: as for `draw`.
     """
+    rng, asked = torch.Generator().manual_seed(1), len(x_t)
     for amount in NOISES:
-        yield draw(sd, text, x_t, amount=amount, **how)
+        if len(x_t):
+            shown = shows(draw(sd, text, x_t, amount=amount, rng=rng, **how))
+            x_t = x_t[[not each for each in shown]]  # those that haven't led there yet
+    return asked - len(x_t)
 
 
 def head_start(sd: StableDiffusion, text: Tensor, images: list[Image.Image], noise: Tensor,
                skip: int, steps: int = 10, **how) -> list[Image.Image]:
-    """Images that start after `skip` of the steps, from images of the concept with noise added."""
+    """Images that start after `skip` of the steps, from images of the concept with noise added.
+
+    images: B of them; noise: (B, 4, H, W).
+    """
     abar_t = ddim.alphas_cumprod()[ddim.timesteps(steps)[skip]]
     x_t = ddim.add_noise(sd.encode_images(images), noise, abar_t)
     return draw(sd, text, x_t, steps, skip=skip, **how)
@@ -149,7 +160,9 @@ def head_start(sd: StableDiffusion, text: Tensor, images: list[Image.Image], noi
 
 def relearned(sd: StableDiffusion, prompt: str, batches: Iterator[Batch], stops: Iterable[int],
               lr: float = 1e-4) -> Iterator[StableDiffusion]:
-    """Yields the model after each of these numbers of steps of ordinary training on the images."""
+    """Yields the model after each of these numbers of steps, in ascending order, of ordinary
+    training on the images.
+    """
     theta, text, done = erase.select(sd.unet, lambda name: True), sd.encode([prompt]), 0
     unet, optimizer = erase.edit(sd.unet, theta), torch.optim.Adam(theta.values(), lr)
     for stop in stops:
@@ -170,8 +183,9 @@ def relearned(sd: StableDiffusion, prompt: str, batches: Iterator[Batch], stops:
 def eps_distances(sd: StableDiffusion, other: StableDiffusion, prompt: str,
                   batches: Iterator[Batch], count: int = 20) -> list[float]:
     """The mean |eps - eps'| of two models for a prompt, for each of `count` batches."""
-    def eps(model: StableDiffusion, x_t: Tensor, t: Tensor) -> Tensor:
-        return model.unet(x_t, t, model.encode([prompt]).expand(len(x_t), -1, -1))
-
-    return [(eps(sd, x_t, t) - eps(other, x_t, t)).abs().mean().item()
-            for _, (x_t, t, _) in zip(range(count), batches)]
+    both = [(model.unet, model.encode([prompt])) for model in (sd, other)]
+    found = []
+    for _, (x_t, t, _) in zip(range(count), batches):
+        eps, eps_other = (unet(x_t, t, text.expand(len(x_t), -1, -1)) for unet, text in both)
+        found.append((eps - eps_other).abs().mean().item())
+    return found

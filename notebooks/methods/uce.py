@@ -5,7 +5,7 @@
 Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024,
 https://arxiv.org/abs/2308.14761; tokens and strengths as in its code of 2023. Symbols: W the weight
 of a key or a value in cross-attention; c the features of a token, e of the concept, g of its guide,
-p of a prompt to keep. Afterwards the concept's tokens have the guide's keys and values.
+p of a prompt to keep. Afterwards the concept's tokens have nearly the guide's keys and values.
 """
 
 import torch
@@ -37,7 +37,7 @@ def tokens(sd: StableDiffusion, concepts: dict[str, str], keep: list[str]) -> tu
 
 
 def edited(W: Tensor, c_e: Tensor, c_g: Tensor, c_p: Tensor, lam: float, s: float) -> Tensor:
-    """Returns the W' that sends each c_e where W sends c_g, and each c_p where it went (eq. 7):
+    """Returns the W' that sends c_e near where W sends c_g, and c_p near where it went (eq. 7):
 
     W' = (lam W + sum W c_g c_e^T + s sum W c_p c_p^T) (lam I + sum c_e c_e^T + s sum c_p c_p^T)^-1
     """

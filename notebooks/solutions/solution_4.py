@@ -1,9 +1,14 @@
 """Solutions of notebook 4, Your own loss.
 
-4.1. The empty prompt: the target is then eps_null, which is Eq. 6 with eta = 0. To draw an average
-over the other objects, the target is the mean of the original's predictions for their prompts,
-each weighted by how likely it is given x_t. The prediction for the empty prompt comes close to
-that.
+4.1. The empty prompt: the target is then eps_null, which is Eq. 6 with eta = 0. To draw one of the
+other objects, each equally often, the target is the mean of the original's predictions for their
+prompts, each weighted by how likely its object is given x_t. "a picture" and the empty prompt come
+close, but they include stars, scenes and works.
+
+After the table of methods. They were told to keep names, and scenes don't contain them: nothing
+holds the keys and values of a scene's words in place. With scenes among the prompts to keep, those
+of the heart would have to be left out, or the heart stays; each prompt to keep leaves less freedom
+to erase.
 
 4.3. There is no single answer. Things to look for: an anchor close to the concept needs the
 smallest change, hence few iterations and little harm, but a judge may still see the concept in its

@@ -10,6 +10,8 @@ that aren't stored are left out.
 import argparse
 import json
 import math
+import random
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +29,19 @@ VARIANTS = (  # of "which"
     "x_t at every step of a way", "x_t by the edited model, as in the paper",
     "x_t by the frozen model", "learning rate falls to 0", "weights and Adam in bfloat16",
     "keys and values only", "ESD-u, its code's parameters", "ESD-u, the paper's rule")
+
+METHODS = (  # of "methods"
+    "original", "ESD-x", "ESD-x, in contexts", "ESD-u", "ESD-u, in contexts",
+    "ESD-u against learned prompts", "concept ablation", "UCE", "RECE", "SLD-medium",
+    "negative prompt")
+ATTACKED = (  # of "robust": models with their own weights
+    "original", "ESD-x", "ESD-x, in contexts", "ESD-u", "ESD-u against learned prompts",
+    "concept ablation", "UCE", "RECE", "never saw it", "censored training")
+ASKED = {  # of "methods": what is asked for a concept and its kind, and for another kind
+    "star": ("names", world.OBJECTS, "styled"),
+    "mosaic": ("styled", STYLES, "names"),
+    "heart": ("all scenes", IMPLIED, "styled"),
+}
 
 
 def wilson(hits: int, asked: int, z: float = 1.96) -> tuple[float, float]:
@@ -202,6 +217,103 @@ def which_table(answers: Answers) -> str:
     return table(["variant", "\"a star\", %", "other objects, %"], *rows)
 
 
+def gone(seen: dict[str, int], concept: str) -> str:
+    """The share that doesn't show a concept."""
+    return share(sum(seen.values()) - seen.get(concept, 0), sum(seen.values()))
+
+
+def another_kind(one: dict, kind: str, concept: str) -> str:
+    """The share that is right of a kind of prompts, without those that name the concept."""
+    right = one[f"{kind}, right"]  # image by image, object by object, style by style
+    objects = [o for _ in (STYLES if kind == "styled" else [""]) for o in world.OBJECTS]
+    num = len(right) // len(objects)  # of each prompt
+    kept = [r for i, r in enumerate(right) if objects[i // num] != concept]
+    return share(kept.count("1"), len(kept))
+
+
+def methods_table(answers: Answers) -> str:
+    """UnlearnCanvas' measures (https://arxiv.org/abs/2402.11846): UA, what no longer shows the
+    concept; IRA, what is right of its own kind; CRA, of another kind.
+    """
+    rows = []
+    for concept, (own, classes, other) in ASKED.items():
+        for name in METHODS:
+            if one := answers.get(f"methods/{concept}/{name}"):
+                contexts, cost = one.get("contexts"), one["cost"]
+                rows.append([
+                    f"{concept} ({own})", name, gone(one[own][concept], concept),
+                    gone(contexts[concept], concept) if contexts else "",
+                    share_seen([one[own]], [others(classes, concept)]),
+                    another_kind(one, other, concept),
+                    f"{cost['seconds']:.1f}" if cost else "",
+                    f"{cost['parameters'] / 1000:,.0f}" if cost else ""])
+    return table(["concept", "erased by", "UA, %", "UA with a colour or style, %", "IRA, %",
+                  "CRA, %", "seconds", "thousand parameters"], *rows)
+
+
+def mean_of_20(values: list[float]) -> str:
+    """A mean with its 95 % interval, from the standard error."""
+    assert len(values) == 20
+    half = 2.093 * statistics.stdev(values) / math.sqrt(20)  # Student's t, 19 degrees of freedom
+    mean = statistics.fmean(values)
+    return f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"
+
+
+def total_variation(seen: dict[str, int], reference: dict[str, int]) -> float:
+    """1/2 sum |p_i - q_i| over what is seen in two sets of images: 0, the same; 1, none in common.
+    """
+    p, q = ({name: n / sum(counts.values()) for name, n in counts.items()}
+            for counts in (seen, reference))
+    return sum(abs(p.get(name, 0) - q.get(name, 0)) for name in {*p, *q}) / 2
+
+
+def against_chance(seen: dict[str, int], reference: dict[str, int]) -> str:
+    """The total variation, and what 95 % of 1,000 random halves of the pooled images stay below:
+    two sets from one model differ, too.
+    """
+    rng, pooled = random.Random(0), [*Counter(seen).elements(), *Counter(reference).elements()]
+    several, num = [], sum(seen.values())
+    for _ in range(1000):
+        rng.shuffle(pooled)
+        several.append(total_variation(Counter(pooled[:num]), Counter(pooled[num:])))
+    return f"{total_variation(seen, reference):.2f} (chance {sorted(several)[949]:.2f})"
+
+
+def steps_to(half: float, found: dict) -> str:
+    """The first number of training steps after which the share is at least `half`; in brackets,
+    after which the upper and the lower end of its interval are.
+    """
+    shown = {"0": found["by name"]} | found["relearned"]
+
+    def first(share_of):
+        reached = [int(stop) for stop, hits in shown.items()
+                   if share_of(hits, found["num"]) >= half]
+        return str(min(reached)) if reached else f"over {max(map(int, shown))}"
+
+    low, high = (first(lambda hits, asked: wilson(hits, asked)[i]) for i in (1, 0))
+    return f"{first(lambda hits, asked: hits / asked)} ({low} to {high})"
+
+
+def robust_table(answers: Answers) -> str:
+    """Attacks on erased models, compared with one that never saw the concept."""
+    found, rows = stored(answers, "robust", "probes"), []
+    for concept in dict.fromkeys(concept for concept, _ in found):
+        never, original = found.get((concept, "never saw it")), found.get((concept, "original"))
+        for name in ATTACKED:
+            one = found.get((concept, name))
+            if not (one and never and original):
+                continue
+            hits = (share(one[key], one["num"]) for key in
+                    ("by name", "learned words", "hard prompt", "noise", "head start"))
+            half = original["by name"] / original["num"] / 2
+            far = ["", ""] if name == "never saw it" else [
+                against_chance(one["seen"], never["seen"]), mean_of_20(one["eps"])]
+            rows.append([concept, name, *hits, steps_to(half, one), *far])
+    return table(["concept", "erased by", "asked by name, %", "learned words, %", "hard prompt, %",
+                  "noise, %", "head start, %", "training steps to half", "total variation",
+                  "mean of abs(eps - eps')"], *rows)
+
+
 TABLES = {  # title and table of each experiment
     "objects": ("Objects (5.3, Table 2)", objects_table),
     "styles": ("Styles (5.1, Figures 5 and 6)", styles_table),
@@ -210,6 +322,8 @@ TABLES = {  # title and table of each experiment
     "works": ("Memorised images (5.4, Figures 8 and 9)", works_table),
     "eta": ("Strength (5.5)", eta_table),
     "paraphrase": ("Paraphrases (5.6)", paraphrase_table),
+    "methods": ("ESD among other methods", methods_table),
+    "robust": ("Is it gone?", robust_table),
     "which": ("Choices in which the paper and the codes differ", which_table),
 }
 
@@ -233,12 +347,14 @@ def heading(answers: Answers) -> str:
     flags += ["--every-step"] if erased and usual("data", erased) == "every step" else []
     rates = [f"{method} --lr {usual('lr', own):g}" for method in ("esd-x", "esd-u")
              if (own := [settings for settings in erased if settings["method"] == method])]
-    if styles := [each for each in erased if "style of" in each.get("concepts", [""])[0]]:
+    if styles := [each for each in erased if "style of" in [*each.get("concepts", [""])][0]
+                  and "iterations" in each]:
         rates += [f"a style --iterations {usual('iterations', styles)}"]
     num, how = usual("num", made), made[0]["how"]
     return (f"Erasures: {' '.join(flags)}; {', '.join(rates)}. At least {num} images of each "
             f"class, {10 * num} for the quality; {how['steps']} DDIM steps, guidance "
-            f"{how['guidance']:g}; 95 % intervals in brackets.")
+            f"{how['guidance']:g}; 95 % intervals over images in brackets, each erasure made "
+            "once.")
 
 
 def main() -> None:

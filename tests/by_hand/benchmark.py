@@ -2,12 +2,13 @@
 
 diffusers isn't part of this project. From the repository's root:
 
-    pip install diffusers==0.42.1 accelerate
+    pip install diffusers==0.42.1 accelerate matplotlib
     python -m tests.by_hand.benchmark            # 15 GB of disk, 16 GB of memory, an hour
     python -m tests.by_hand.benchmark --quick    # small sizes, to see that it runs
 
 Both sides run by turns in one process, and a row has the median of five ratios. Memory is the
-peak of a process that runs one side once. With a GPU, its rows are measured, too.
+peak of a process that runs one side once. With a GPU, its rows are measured, too. The U-Net's cost
+against the size of its images is drawn as tests/by_hand/cost_against_size.png.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from typing import Callable, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import clip_text
 import erase
@@ -67,8 +70,9 @@ def unet_inputs(side: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tens
             torch.randn(batch, 77, 768, dtype=dtype))
 
 
-def unet_forward(who: str, sizes: Sizes, folder: Path, dtype: torch.dtype) -> Callable:
-    inputs = unet_inputs(sizes.side, 2, dtype)
+def unet_forward(who: str, sizes: Sizes, folder: Path, dtype: torch.dtype = torch.float32,
+                 batch: int = 2) -> Callable:
+    inputs = unet_inputs(sizes.side, batch, dtype)
     if who == "ours":
         model = our_unet(dtype)
         return torch.no_grad()(lambda: model(*inputs))
@@ -167,7 +171,7 @@ def start(who: str, sizes: Sizes, folder: Path) -> Callable:
 
 
 ROWS = {  # name: side, further arguments, what ours is compared with
-    "U-Net, batch 2, float32": (unet_forward, {"dtype": torch.float32}, "diffusers"),
+    "U-Net, batch 2, float32": (unet_forward, {}, "diffusers"),
     "U-Net, batch 2, bfloat16": (unet_forward, {"dtype": torch.bfloat16}, "diffusers"),
     "VAE decode": (vae_half, {"half": "decode"}, "diffusers"),
     "VAE encode": (vae_half, {"half": "encode"}, "diffusers"),
@@ -179,6 +183,9 @@ ROWS = {  # name: side, further arguments, what ours is compared with
     "a gradient step of ESD-x": (gradient_step, {}, "two U-Nets, Adam"),
     "`python sample.py --help`": (start, {}, "`import torch`"),
 }
+
+
+SIDES_AND_BATCHES = [(side, batch) for side in (32, 64, 96, 128) for batch in (1, 2, 4)]
 
 
 # ---- measuring ----
@@ -204,16 +211,18 @@ def write_models(folder: Path) -> None:
     torch.save({"state_dict": tensors}, folder / "v1.ckpt")
 
 
-def peak(name: str, who: str, folder: Path, args: argparse.Namespace) -> float:
+def peak(name: str, who: str, folder: Path, args: argparse.Namespace, side: int = 0,
+         batch: int = 2) -> float:
     """GB at the peak of a process that runs one side once, or of the process that it starts."""
     command = [sys.executable, "-m", "tests.by_hand.benchmark", "--row", name, "--who", who,
-               "--folder", str(folder), *(["--quick"] if args.quick else [])]
+               "--folder", str(folder), "--side", str(side), "--batch", str(batch),
+               *(["--quick"] if args.quick else [])]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def run_once(args: argparse.Namespace, sizes: Sizes) -> None:
-    make, more, _ = ROWS[args.row]
-    make(args.who, sizes, args.folder, **more)()
+    make, more, _ = ROWS.get(args.row, (unet_forward, {"batch": args.batch}, ""))
+    make(args.who, sizes._replace(side=args.side or sizes.side), args.folder, **more)()
     if make in (picture, start):
         kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     else:  # Linux counts what the parent had before exec into ru_maxrss, but not into VmHWM
@@ -239,6 +248,55 @@ def row(name: str, sizes: Sizes, folder: Path, args: argparse.Namespace) -> str:
     a, b = (peak(name, who, folder, args) for who in ("ours", "theirs"))
     return (f"| {name} | {other} | {mine:.2f} | {its:.2f} | **{ratio:.2f}** | {a:.2f} | {b:.2f} "
             f"| **{a / b:.2f}** |")
+
+
+def operations(side: int, batch: int) -> int:
+    """Multiplications and additions of the U-Net's forward pass, as torch counts them; attention
+    is two matrix products for it.
+    """
+    with torch.device("meta"):
+        model, inputs = our_unet(), unet_inputs(side, batch, torch.float32)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops()
+
+
+def rate_of_a_matrix_product(n: int = 4096) -> float:
+    """Operations per second of this machine, the best of five products."""
+    a = torch.randn(n, n)
+    return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
+
+
+def against_size(args: argparse.Namespace) -> str:
+    """The U-Net's time and memory for 12 sizes, next to its operations at the machine's rate."""
+    import matplotlib.pyplot as plt
+
+    rate, model, found = rate_of_a_matrix_product(), our_unet(), []
+    for side, batch in [(8, 1), (16, 2)] if args.quick else SIDES_AND_BATCHES:
+        inputs = unet_inputs(side, batch, torch.float32)
+        go = torch.no_grad()(lambda: model(*inputs))
+        go()
+        spent = statistics.median(seconds(go) for _ in range(1 if args.quick else 3))
+        memory = peak("U-Net", "ours", Path(), args, side, batch)
+        found.append((side, batch, operations(side, batch) / 1e12, spent, memory))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), dpi=100)
+    for batch in sorted({batch for _, batch, *_ in found}):
+        _, _, count, spent, memory = zip(*(one for one in found if one[1] == batch))
+        for axis, values in zip(axes, (spent, memory)):
+            axis.plot(count, values, "o-", label=f"batch {batch}")
+    counts = sorted(count for _, _, count, _, _ in found)
+    axes[0].plot(counts, [count * 1e12 / rate for count in counts], "k--",
+                 label="at the rate of a matrix product")
+    for axis, label in zip(axes, ("seconds", "peak of memory, GB")):
+        axis.set(xscale="log", yscale="log", xlabel="10^12 operations", ylabel=label)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(Path(__file__).with_name("cost_against_size.png"))
+    lines = [f"A matrix product makes {rate / 1e9:.0f} * 10^9 operations a second here.\n",
+             "| image | batch | 10^12 operations | s at that rate | s | GB |", "|---" * 6 + "|"]
+    lines += [f"| {8 * side}x{8 * side} | {batch} | {count:.2f} | {count * 1e12 / rate:.2f} "
+              f"| {spent:.2f} | {memory:.2f} |" for side, batch, count, spent, memory in found]
+    return "\n".join(lines)
 
 
 def ways(sizes: Sizes, quick: bool) -> str:
@@ -308,9 +366,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory, ours and diffusers'.")
     parser.add_argument("--quick", action="store_true", help="small sizes, one turn")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), metavar="ROW", help="some rows")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # these three: one side, once
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # these five: one side, once
     parser.add_argument("--who", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sizes = Sizes(side=8, steps=1) if args.quick else Sizes()
     if args.row:
@@ -327,6 +387,7 @@ def main() -> None:
         for name in args.rows:
             print(row(name, sizes, Path(folder), args), flush=True)
     print("\n" + ways(sizes, args.quick))
+    print("\n" + against_size(args))
     if torch.cuda.is_available():
         gpu()
 
