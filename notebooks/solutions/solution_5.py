@@ -5,6 +5,9 @@ saw those of one prompt. Textual inversion searches the space of all word embedd
 that make the U-Net draw a star, and the U-Net's other weights still know what a star looks like.
 After censored training there is no such knowledge: the attack can only combine what the model
 knows about other objects.
+
+After the last table. Only the hard prompt: the others need the weights, or choose the noise. Its
+search took thousands of images and a judge, but the result can be typed by anyone who reads it.
 """
 
 
