@@ -7,7 +7,7 @@ After censored training there is no such knowledge: the attack can only combine 
 knows about other objects.
 
 After the last table. Only the hard prompt: the others need the weights, or choose the noise. Its
-search took thousands of images and a judge, but the result can be typed by anyone who reads it.
+search took thousands of images and a judge, but anyone can type its result.
 """
 
 

@@ -47,7 +47,7 @@ class Contender(NamedTuple):
 
 
 def words_for(concept: str) -> str:
-    """The prompt that stands for a concept: "star", "a picture in the style of dots"."""
+    """The prompt that names a concept: "star", "a picture in the style of dots"."""
     return f"a picture in the style of {concept}" if concept in STYLES else concept
 
 
@@ -101,14 +101,14 @@ def erasures(concept: str) -> dict[str, dict]:
 def contender(name: str, concept: str) -> Contender:
     """Returns a contender by its name in the tables; it erases or avoids the concept."""
     words = words_for(concept)
-    if name in (made := erasures(concept)):
-        return Contender(name, erase=made[name])
-    return {other.name: other for other in (
+    contenders = (
         Contender("original"), Contender("negative prompt", how={"negative": words}),
         *(Contender(f"SLD-{sld}", how={"safe": words, "sld": sld})
           for sld in safe_latent_diffusion.SETTINGS),
+        *(Contender(erased_by, erase=made) for erased_by, made in erasures(concept).items()),
         Contender("censored training", retrained="censored"),
-        Contender("never saw it", retrained=f"without_{concept}"))}[name]
+        Contender("never saw it", retrained=f"without_{concept}"))
+    return {each.name: each for each in contenders}[name]
 
 
 # ---- how erasures are made: what the names in their settings mean ----
