@@ -25,7 +25,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTokenizer
 
 import clip_text
 import ddim
@@ -43,7 +42,7 @@ class StableDiffusion:
     unet: unet.UNet
     vae: vae.VAE
     text_encoder: clip_text.TextEncoder
-    tokenizer: CLIPTokenizer
+    tokenizer: Callable  # transformers' CLIPTokenizer
 
     device = property(lambda sd: sd.unet.conv_in.weight.device)
     dtype = property(lambda sd: sd.unet.conv_in.weight.dtype)
@@ -259,6 +258,7 @@ def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "
     dtype: auto is float32 on the CPU, elsewhere bfloat16, or float16 where that is emulated.
     tokenizer: None is the checkpoint's own. ema: of two U-Nets, the averaged. Raises ValueError.
     """
+    from transformers import CLIPTokenizer  # here, so that --help doesn't wait a second for it
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if dtype == "auto":

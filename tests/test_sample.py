@@ -3,6 +3,8 @@
 import inspect
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -377,3 +379,10 @@ def test_what_a_killed_run_left_is_written_over(tmp_path):
     (tmp_path / "file.txt.part").write_text("half of a longer te")
     sample.write_whole(file, lambda part: part.write_text("whole"))
     assert file.read_text() == "whole" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["sample", "erase"])
+def test_help_does_not_wait_for_transformers(name):
+    code = f"import sys, {name}; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
