@@ -3,11 +3,11 @@
 diffusers isn't part of this project. From the repository's root:
 
     pip install diffusers==0.42.1 accelerate matplotlib
-    python -m tests.by_hand.benchmark            # 15 GB of disk, 16 GB of memory, an hour
+    python -m tests.by_hand.benchmark            # 15 GB of disk, 16 GB of memory, 90 minutes
     python -m tests.by_hand.benchmark --quick    # small sizes, to see that it runs
 
 Both sides run by turns in one process, and a row has the median of five ratios. Memory is the
-peak of a process that runs one side once. With a GPU, its rows are measured, too. The U-Net's cost
+peak of a process that runs one side once. With a GPU, its rows are measured too. The U-Net's cost
 against the size of its images is drawn as tests/by_hand/cost_against_size.png.
 """
 
@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -51,9 +50,18 @@ class Sizes(NamedTuple):
     steps: int = 4
 
 
-def our_unet(dtype: torch.dtype = torch.float32) -> unet.UNet:
+def build(make: Callable, dtype: torch.dtype) -> torch.nn.Module:
+    """A frozen model with random weights, which never exists in another dtype."""
     torch.manual_seed(0)
-    return unet.UNet(unet.UNetConfig()).to(dtype).requires_grad_(False)
+    torch.set_default_dtype(dtype)
+    try:
+        return make().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def our_unet(dtype: torch.dtype = torch.float32) -> unet.UNet:
+    return build(unet.UNet, dtype)
 
 
 def their_unet(dtype: torch.dtype = torch.float32):
@@ -61,8 +69,7 @@ def their_unet(dtype: torch.dtype = torch.float32):
 
     config = {key: value for key, value in export.unet_json(unet.UNetConfig()).items()
               if not key.startswith("_")}
-    torch.manual_seed(0)
-    return UNet2DConditionModel(**config).to(dtype).requires_grad_(False)
+    return build(lambda: UNet2DConditionModel(**config), dtype)
 
 
 def unet_inputs(side: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,14 +137,31 @@ pipe("a", num_inference_steps=steps, height=size, width=size).images[0].save(sys
 """
 
 
+def run(command: list) -> float:
+    """Runs Python with these arguments; GB at the process's peak, looked up until it ends."""
+    process, gigabytes = subprocess.Popen([sys.executable, *map(str, command)],
+                                          stdout=subprocess.DEVNULL), 0.0
+    while process.poll() is None:
+        gigabytes = max(gigabytes, peak_of(process.pid))
+        time.sleep(0.005)
+    if process.returncode:
+        raise SystemExit(f"{command} failed")
+    return gigabytes
+
+
+def peak_of(process: int | str) -> float:
+    """GB at a process's peak until now; 0 where it has just ended."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
+    return int(found[1]) * 1024 / GB if found else 0.0
+
+
 def picture(who: str, sizes: Sizes, folder: Path) -> Callable:
     """End to end, in a process of its own."""
     out, size, steps = folder / f"{who}.png", 8 * sizes.side, sizes.steps
     command = ["sample.py", "a", "--model", folder / "model", "--steps", steps, "--size", size,
                "--dtype", "float32", "--device", "cpu", "--out", out] if who == "ours" else [
         "-c", THEIR_PICTURE, folder / "model", steps, size, out]
-    return lambda: subprocess.run([sys.executable, *map(str, command)], check=True,
-                                  capture_output=True)
+    return lambda: run(command)
 
 
 def gradient_step(who: str, sizes: Sizes, folder: Path) -> Callable:
@@ -167,7 +191,7 @@ def gradient_step(who: str, sizes: Sizes, folder: Path) -> Callable:
 
 def start(who: str, sizes: Sizes, folder: Path) -> Callable:
     command = ["sample.py", "--help"] if who == "ours" else ["-c", "import torch"]
-    return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    return lambda: run(command)
 
 
 ROWS = {  # name: side, further arguments, what ours is compared with
@@ -222,13 +246,8 @@ def peak(name: str, who: str, folder: Path, args: argparse.Namespace, side: int 
 
 def run_once(args: argparse.Namespace, sizes: Sizes) -> None:
     make, more, _ = ROWS.get(args.row, (unet_forward, {"batch": args.batch}, ""))
-    make(args.who, sizes._replace(side=args.side or sizes.side), args.folder, **more)()
-    if make in (picture, start):
-        kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    else:  # Linux counts what the parent had before exec into ru_maxrss, but not into VmHWM
-        status = Path("/proc/self/status").read_text()
-        kilobytes = int(re.search(r"VmHWM:\s+(\d+)", status)[1])
-    print(kilobytes * 1024 / GB)
+    found = make(args.who, sizes._replace(side=args.side or sizes.side), args.folder, **more)()
+    print(found if make in (picture, start) else peak_of("self"))
 
 
 def seconds(go: Callable) -> float:
@@ -269,34 +288,39 @@ def rate_of_a_matrix_product(n: int = 4096) -> float:
 
 def against_size(args: argparse.Namespace) -> str:
     """The U-Net's time and memory for 12 sizes, next to its operations at the machine's rate."""
-    import matplotlib.pyplot as plt
-
     rate, model, found = rate_of_a_matrix_product(), our_unet(), []
     for side, batch in [(8, 1), (16, 2)] if args.quick else SIDES_AND_BATCHES:
         inputs = unet_inputs(side, batch, torch.float32)
         go = torch.no_grad()(lambda: model(*inputs))
-        go()
         spent = statistics.median(seconds(go) for _ in range(1 if args.quick else 3))
         memory = peak("U-Net", "ours", Path(), args, side, batch)
         found.append((side, batch, operations(side, batch) / 1e12, spent, memory))
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), dpi=100)
-    for batch in sorted({batch for _, batch, *_ in found}):
-        _, _, count, spent, memory = zip(*(one for one in found if one[1] == batch))
-        for axis, values in zip(axes, (spent, memory)):
-            axis.plot(count, values, "o-", label=f"batch {batch}")
-    counts = sorted(count for _, _, count, _, _ in found)
-    axes[0].plot(counts, [count * 1e12 / rate for count in counts], "k--",
-                 label="at the rate of a matrix product")
-    for axis, label in zip(axes, ("seconds", "peak of memory, GB")):
-        axis.set(xscale="log", yscale="log", xlabel="10^12 operations", ylabel=label)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(Path(__file__).with_name("cost_against_size.png"))
+    draw(found, rate)
     lines = [f"A matrix product makes {rate / 1e9:.0f} * 10^9 operations a second here.\n",
              "| image | batch | 10^12 operations | s at that rate | s | GB |", "|---" * 6 + "|"]
     lines += [f"| {8 * side}x{8 * side} | {batch} | {count:.2f} | {count * 1e12 / rate:.2f} "
               f"| {spent:.2f} | {memory:.2f} |" for side, batch, count, spent, memory in found]
     return "\n".join(lines)
+
+
+def draw(found: list[tuple], rate: float) -> None:
+    """found: of each size its side, batch, 10^12 operations, seconds and GB."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), dpi=100)
+    for batch in sorted({batch for _, batch, *_ in found}):
+        _, _, count, spent, memory = zip(*(one for one in found if one[1] == batch))
+        axes[0].plot(count, spent, "o-", label=f"batch {batch}")
+        axes[1].plot(count, memory, "o-", label=f"batch {batch}")
+    counts = sorted(count for _, _, count, _, _ in found)
+    axes[0].plot(counts, [count * 1e12 / rate for count in counts], "k--",
+                 label="a matrix product's rate")
+    axes[0].set(xscale="log", yscale="log", xlabel="10^12 operations", ylabel="seconds")
+    axes[1].set(xscale="log", ylim=0, xlabel="10^12 operations", ylabel="peak of memory, GB")
+    axes[0].legend(loc="upper left", fontsize="small")
+    axes[1].legend(loc="lower right", fontsize="small")
+    figure.tight_layout()
+    figure.savefig(Path(__file__).with_name("cost_against_size.png"))
 
 
 def ways(sizes: Sizes, quick: bool) -> str:
@@ -317,14 +341,45 @@ def ways(sizes: Sizes, quick: bool) -> str:
             f"**{every / paper:.2f}**.")
 
 
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def gpu_unets() -> None:
+    """The U-Net in each precision, ours and diffusers', and how far our eps is from float32's."""
+    print(f"\n{torch.cuda.get_device_name()}, U-Net, 512x512, batch 2; error: the largest "
+          f"difference from float32's eps, as a share of the largest eps\n\n"
+          f"| dtype | s | diffusers, s | GB | diffusers, GB | error |\n|{'---|' * 6}")
+    torch.manual_seed(0)
+    x_t, t, text = (x.cuda() for x in unet_inputs(64, 2, torch.float32))
+    times, peaks, exact = {}, {}, None
+    for dtype in PRECISIONS:
+        inputs = x_t.to(dtype), t, text.to(dtype)
+        for make in (our_unet, their_unet):
+            model = make().to("cuda", dtype)  # built in float32, so the weights are the same
+            go = torch.no_grad()(lambda: model(*inputs))
+            eps = go()
+            torch.cuda.reset_peak_memory_stats()
+            times[make] = statistics.median(seconds(lambda: (go(), torch.cuda.synchronize()))
+                                            for _ in range(TURNS))
+            peaks[make] = torch.cuda.max_memory_allocated() / GB
+            if make is our_unet:
+                exact = eps if exact is None else exact
+                error = (eps.float() - exact).abs().max() / exact.abs().max()
+            del model, go
+            torch.cuda.empty_cache()
+        print(f"| {str(dtype)[6:]} | {times[our_unet]:.3f} | {times[their_unet]:.3f} "
+              f"| {peaks[our_unet]:.2f} | {peaks[their_unet]:.2f} | {error:.1e} |", flush=True)
+
+
 def gpu() -> None:
     """Seconds per iteration and the peak of the device's memory, under a limit."""
+    gpu_unets()
     total = torch.cuda.get_device_properties(0).total_memory
     name = torch.cuda.get_device_name()
     print(f"\n{name}, 512x512, batch 1, ways of 50 steps:\n\n| method | dtype | x_t | limit, GB "
           f"| seconds per iteration | peak, GB |\n|---|---|---|---|---|---|")
     for method in erase.METHODS:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in PRECISIONS:
             for every_step in (False, True):
                 for limit in (6, 16, 32):
                     torch.cuda.empty_cache()
@@ -365,7 +420,7 @@ def gpu_iterations(method: str, dtype: torch.dtype, every_step: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory, ours and diffusers'.")
     parser.add_argument("--quick", action="store_true", help="small sizes, one turn")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), metavar="ROW", help="some rows")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, metavar="ROW", help="these only")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # these five: one side, once
     parser.add_argument("--who", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -378,14 +433,17 @@ def main() -> None:
     import diffusers
     import transformers
 
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; "
+    machine = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    print(f"{machine}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; "
           f"Python {platform.python_version()}, torch {torch.__version__}, diffusers "
           f"{diffusers.__version__}, transformers {transformers.__version__}\n\n"
-          f"| | against | s | theirs | ratio | GB | theirs | ratio |\n|{'---|' * 8}")
+          f"| | against | s | theirs, s | ratio | GB | theirs, GB | ratio |\n|{'---|' * 8}")
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder))
-        for name in args.rows:
+        for name in args.rows or ROWS:
             print(row(name, sizes, Path(folder), args), flush=True)
+    if args.rows:
+        return
     print("\n" + ways(sizes, args.quick))
     print("\n" + against_size(args))
     if torch.cuda.is_available():
