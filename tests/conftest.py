@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # models this small lose more to waiting than they win
 
 def pytest_addoption(parser):
     parser.addoption("--weights", help="published weights, for test_official.py")
-    parser.addoption("--noise", help="folder of the noises that test_official.py decodes")
+    parser.addoption("--noise", help="folder of the arrays that test_official.py reads")
 
 
 def pytest_configure(config):
