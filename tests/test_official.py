@@ -1,9 +1,10 @@
 """The published weights, compared with numbers that others recorded with them.
 
-    python -m pytest tests/test_official.py --weights PATH      # anything that sample.load takes
+    python -m pytest tests/test_official.py --weights PATH --noise FOLDER -rs
 
-Skipped without --weights: they are 4 GB. The DDIM images are v1-4's, the U-Net's numbers v1-4's or
-v1-5's; those of the text encoder and the VAE are the same for every Stable Diffusion v1.
+Skipped without --weights (4 GB; anything that sample.load takes) and without the arrays in FOLDER,
+whose addresses -rs prints. The DDIM images are v1-4's (v1-5's differ), the U-Net's numbers v1-4's
+or v1-5's; those of the text encoder and the VAE are the same for every Stable Diffusion v1.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ import ddim
 import sample
 
 # diffusers, tests/pipelines/stable_diffusion/test_stable_diffusion.py, test_stable_diffusion_ddim:
-# image[0, -3:, -3:, -1] after 3 steps, guidance 7.5
+# image[0, -3:, -3:, -1] after 3 steps, guidance 7.5, recorded on a GPU
 IMAGE = [0.38019, 0.28647, 0.27321, 0.40377, 0.38290, 0.35446, 0.39218, 0.38165, 0.42239]
 
 # the same, the whole image after 50 steps: the maintainers allow a difference of 3e-3
@@ -56,8 +57,8 @@ UNET = {
                 [0.8878, -0.5659, 0.5844, -0.7442, 1.1883, -0.3927, 1.1192, -0.4423]),
 }
 
-# the same file as of the decoder above, test_stable_diffusion_mode: sample[-1, -2:, -2:, :2] of a
-# noise that is taken for an image, encoded to the mean, and decoded
+# from the decoder's file above, test_stable_diffusion_mode: sample[-1, -2:, -2:, :2] of a noise
+# that is treated as an image, encoded to the mean, and decoded
 MODE = [-0.1609, 0.9866, -0.0487, -0.0777, -0.2716, 0.8368, -0.2055, -0.0814]
 
 
@@ -89,12 +90,12 @@ def astronaut(sd, steps):
 
 def test_the_image_after_three_steps(sd):
     pixels = astronaut(sd, 3)[0, -1, -3:, -3:].flatten()
-    assert pixels.tolist() == pytest.approx(IMAGE, abs=1e-4)
+    assert pixels.tolist() == pytest.approx(IMAGE, abs=3e-3)
 
 
 @pytest.fixture
 def stored(request):
-    """Reads an array from --noise FOLDER: what was drawn on a GPU can't be drawn again here."""
+    """Reads a published array from --noise FOLDER, or skips."""
     folder = request.config.getoption("--noise")
 
     def load(url):
@@ -120,7 +121,7 @@ def test_the_image_after_fifty_steps(sd, stored):
 def test_the_unet_of_v1_4_or_v1_5(sd, seed, t, noise):
     eps = sd.unet(noise(seed, 4, 4, 64, 64), t, noise(seed, 4, 77, 768))
     found = eps[-1, -2:, -2:, :2].flatten().tolist()
-    assert any(found == pytest.approx(expected, abs=1e-3) for expected in UNET[seed, t])
+    assert any(found == pytest.approx(expected, abs=1e-3) for expected in UNET[seed, t]), found
 
 
 @torch.no_grad()

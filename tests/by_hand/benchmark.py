@@ -6,12 +6,14 @@ diffusers isn't part of this project. From the repository's root:
     python -m tests.by_hand.benchmark            # 15 GB of disk, 16 GB of memory, 90 minutes
     python -m tests.by_hand.benchmark --quick    # small sizes, to see that it runs
 
-Both sides run by turns in one process, and a row has the median of five ratios. Memory is the
-peak of a process that runs one side once. With a GPU, its rows are measured too. The U-Net's cost
-against the size of its images is drawn as tests/by_hand/cost_against_size.png.
+The two sides take turns in one process; times and ratios are medians of five, each on its own.
+Memory is the peak of a process that runs one side once, as Linux counts it. The U-Net's cost
+against the size of its images is drawn as tests/by_hand/cost_against_size.png. With a GPU, its
+tables are printed too, or alone with --gpu.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -138,9 +140,9 @@ pipe("a", num_inference_steps=steps, height=size, width=size).images[0].save(sys
 
 
 def run(command: list) -> float:
-    """Runs Python with these arguments; GB at the process's peak, looked up until it ends."""
-    process, gigabytes = subprocess.Popen([sys.executable, *map(str, command)],
-                                          stdout=subprocess.DEVNULL), 0.0
+    """Runs Python with these arguments; polls it until it exits, and returns its peak in GB."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
+    gigabytes = 0.0
     while process.poll() is None:
         gigabytes = max(gigabytes, peak_of(process.pid))
         time.sleep(0.005)
@@ -150,7 +152,7 @@ def run(command: list) -> float:
 
 
 def peak_of(process: int | str) -> float:
-    """GB at a process's peak until now; 0 where it has just ended."""
+    """A process's peak so far, in GB; 0 if it has just ended."""
     found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
     return int(found[1]) * 1024 / GB if found else 0.0
 
@@ -165,12 +167,15 @@ def picture(who: str, sizes: Sizes, folder: Path) -> Callable:
 
 
 def gradient_step(who: str, sizes: Sizes, folder: Path) -> Callable:
-    """One step of ESD-x at x_t = noise: against two U-Nets of diffusers, and Adam."""
+    """One step of ESD-x at x_t = noise, with Adam. Ours holds one U-Net and theta; the other side
+    is a plain loop over two of diffusers' U-Nets, one frozen and one edited.
+    """
     x_t, t, c = unet_inputs(sizes.side, 1, torch.float32)
+    null = torch.randn_like(c)
     if who == "ours":
         frozen = our_unet()
         theta = erase.select(frozen, "esd-x")
-        asked = iter(lambda: (x_t, t, erase.Text(c, c, c)), None)
+        asked = itertools.repeat((x_t, t, erase.Text(c, null, c)))
         losses = erase.esd(erase.edit(frozen, theta), frozen, asked,
                            torch.optim.Adam(theta.values(), 1e-5))
         return lambda: next(losses)
@@ -180,7 +185,7 @@ def gradient_step(who: str, sizes: Sizes, folder: Path) -> Callable:
 
     def go():
         with torch.no_grad():
-            target = 2 * frozen(x_t, t, c).sample - frozen(x_t, t, c).sample
+            target = 2 * frozen(x_t, t, null).sample - frozen(x_t, t, c).sample
         loss = (edited(x_t, t, c).sample - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -281,12 +286,12 @@ def operations(side: int, batch: int) -> int:
 
 
 def rate_of_a_matrix_product(n: int = 4096) -> float:
-    """Operations per second of this machine, the best of five products."""
+    """This machine's operations per second in a matrix product, the best of five."""
     a = torch.randn(n, n)
     return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
 
 
-def against_size(args: argparse.Namespace) -> str:
+def against_size(args: argparse.Namespace, picture: Path) -> str:
     """The U-Net's time and memory for 12 sizes, next to its operations at the machine's rate."""
     rate, model, found = rate_of_a_matrix_product(), our_unet(), []
     for side, batch in [(8, 1), (16, 2)] if args.quick else SIDES_AND_BATCHES:
@@ -295,15 +300,15 @@ def against_size(args: argparse.Namespace) -> str:
         spent = statistics.median(seconds(go) for _ in range(1 if args.quick else 3))
         memory = peak("U-Net", "ours", Path(), args, side, batch)
         found.append((side, batch, operations(side, batch) / 1e12, spent, memory))
-    draw(found, rate)
-    lines = [f"A matrix product makes {rate / 1e9:.0f} * 10^9 operations a second here.\n",
+    draw(found, rate, picture)
+    lines = [f"A matrix product runs at {rate / 1e9:.0f} * 10^9 operations a second here.\n",
              "| image | batch | 10^12 operations | s at that rate | s | GB |", "|---" * 6 + "|"]
     lines += [f"| {8 * side}x{8 * side} | {batch} | {count:.2f} | {count * 1e12 / rate:.2f} "
               f"| {spent:.2f} | {memory:.2f} |" for side, batch, count, spent, memory in found]
     return "\n".join(lines)
 
 
-def draw(found: list[tuple], rate: float) -> None:
+def draw(found: list[tuple], rate: float, picture: Path) -> None:
     """found: of each size its side, batch, 10^12 operations, seconds and GB."""
     import matplotlib.pyplot as plt
 
@@ -316,21 +321,24 @@ def draw(found: list[tuple], rate: float) -> None:
     axes[0].plot(counts, [count * 1e12 / rate for count in counts], "k--",
                  label="a matrix product's rate")
     axes[0].set(xscale="log", yscale="log", xlabel="10^12 operations", ylabel="seconds")
-    axes[1].set(xscale="log", ylim=0, xlabel="10^12 operations", ylabel="peak of memory, GB")
+    axes[1].set(xscale="log", ylim=0, xlabel="10^12 operations", ylabel="peak memory, GB")
     axes[0].legend(loc="upper left", fontsize="small")
     axes[1].legend(loc="lower right", fontsize="small")
     figure.tight_layout()
-    figure.savefig(Path(__file__).with_name("cost_against_size.png"))
+    figure.savefig(picture)
 
 
 def ways(sizes: Sizes, quick: bool) -> str:
-    """One iteration of ESD-x with 50 steps, at 16x16 latents: the paper's way, and every step."""
+    """Seconds per iteration of ESD-x with 50 steps, at 16x16 latents: the paper's way, every step.
+
+    The paper's way ends at a random t, so its average over 50 iterations varies by 8 %.
+    """
     steps = 4 if quick else 50
     frozen = our_unet()
-    theta, c = erase.select(frozen, "esd-x"), torch.randn(1, 77, 768)
+    theta, (c, null) = erase.select(frozen, "esd-x"), torch.randn(2, 1, 77, 768)
     unet_, times = erase.edit(frozen, theta), []
     for every_step in (False, True):
-        data = erase.own_ways(unet_, [erase.Text(c, c, c)], (1, 4, 16, 16), steps, 3.0,
+        data = erase.own_ways(unet_, [erase.Text(c, null, c)], (1, 4, 16, 16), steps, 3.0,
                               torch.Generator().manual_seed(0), every_step)
         losses = erase.esd(unet_, frozen, data, torch.optim.Adam(theta.values(), 1e-5))
         count = 2 if quick else steps
@@ -345,25 +353,33 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gpu_unets() -> None:
-    """The U-Net in each precision, ours and diffusers', and how far our eps is from float32's."""
+    """The U-Net in each precision, ours and diffusers', and how far our eps is from float32's.
+
+    PyTorch lets convolutions in float32 use TF32, which rounds as coarsely as float16; the eps that
+    the others are compared with is computed without it.
+    """
     print(f"\n{torch.cuda.get_device_name()}, U-Net, 512x512, batch 2; error: the largest "
           f"difference from float32's eps, as a share of the largest eps\n\n"
           f"| dtype | s | diffusers, s | GB | diffusers, GB | error |\n|{'---|' * 6}")
     torch.manual_seed(0)
-    x_t, t, text = (x.cuda() for x in unet_inputs(64, 2, torch.float32))
-    times, peaks, exact = {}, {}, None
+    x_t, t, words = (x.cuda() for x in unet_inputs(64, 2, torch.float32))
+    times, peaks = {}, {}
+    torch.backends.cudnn.allow_tf32 = False
+    with torch.no_grad():
+        exact = our_unet().to("cuda")(x_t, t, words)
+    torch.backends.cudnn.allow_tf32 = True
     for dtype in PRECISIONS:
-        inputs = x_t.to(dtype), t, text.to(dtype)
+        inputs = x_t.to(dtype), t, words.to(dtype)
         for make in (our_unet, their_unet):
             model = make().to("cuda", dtype)  # built in float32, so the weights are the same
             go = torch.no_grad()(lambda: model(*inputs))
             eps = go()
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             times[make] = statistics.median(seconds(lambda: (go(), torch.cuda.synchronize()))
                                             for _ in range(TURNS))
             peaks[make] = torch.cuda.max_memory_allocated() / GB
             if make is our_unet:
-                exact = eps if exact is None else exact
                 error = (eps.float() - exact).abs().max() / exact.abs().max()
             del model, go
             torch.cuda.empty_cache()
@@ -372,42 +388,39 @@ def gpu_unets() -> None:
 
 
 def gpu() -> None:
-    """Seconds per iteration and the peak of the device's memory, under a limit."""
+    """Seconds per iteration and the peak of reserved memory, under the least limit that will do."""
     gpu_unets()
     total = torch.cuda.get_device_properties(0).total_memory
     name = torch.cuda.get_device_name()
     print(f"\n{name}, 512x512, batch 1, ways of 50 steps:\n\n| method | dtype | x_t | limit, GB "
           f"| seconds per iteration | peak, GB |\n|---|---|---|---|---|---|")
-    for method in erase.METHODS:
-        for dtype in PRECISIONS:
-            for every_step in (False, True):
-                for limit in (6, 16, 32):
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GB / total))
-                    try:
-                        spent = gpu_iterations(method, dtype, every_step)
-                    except torch.OutOfMemoryError:
-                        continue
-                    most = torch.cuda.max_memory_allocated() / GB
-                    how = "every step" if every_step else "the paper's way"
-                    print(f"| {method} | {str(dtype)[6:]} | {how} | {limit} | {spent:.2f} "
-                          f"| {most:.1f} |", flush=True)
-                    break
+    for method, dtype, every_step in itertools.product(erase.METHODS, PRECISIONS, (False, True)):
+        spent = most = "out of memory"
+        for limit in (6, 16, 32):
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GB / total))
+            try:
+                spent = f"{gpu_iterations(method, dtype, every_step):.2f}"
+                most = f"{torch.cuda.max_memory_reserved() / GB:.1f}"
+                break
+            except torch.OutOfMemoryError:
+                continue
+        print(f"| {method} | {str(dtype)[6:]} | {'every step' if every_step else 'the paper'} "
+              f"| {limit} | {spent} | {most} |", flush=True)
 
 
 def gpu_iterations(method: str, dtype: torch.dtype, every_step: bool) -> float:
-    with torch.device("cuda"):
-        frozen = unet.UNet(unet.UNetConfig()).to(dtype).requires_grad_(False)
-        c = torch.randn(1, 77, 768, dtype=dtype)
+    frozen = our_unet().to("cuda", dtype)  # tensor by tensor
+    c, null = torch.randn(2, 1, 77, 768, device="cuda", dtype=dtype)
     theta = erase.select(frozen, method)
     edited = erase.edit(frozen, theta)
-    data = erase.own_ways(edited, [erase.Text(c, c, c)], (1, 4, 64, 64), 50, 3.0,
+    data = erase.own_ways(edited, [erase.Text(c, null, c)], (1, 4, 64, 64), 50, 3.0,
                           torch.Generator().manual_seed(0), every_step)
     losses = erase.esd(edited, frozen, data, torch.optim.Adam(theta.values(), 1e-5),
                        lambda *args: erase.SCALE * erase.esd_loss(*args))
     next(losses)
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
 
     def go():
         for _ in range(50):
@@ -421,6 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory, ours and diffusers'.")
     parser.add_argument("--quick", action="store_true", help="small sizes, one turn")
     parser.add_argument("--rows", nargs="*", choices=ROWS, metavar="ROW", help="these only")
+    parser.add_argument("--gpu", action="store_true", help="the GPU's tables only")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # these five: one side, once
     parser.add_argument("--who", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -430,6 +444,8 @@ def main() -> None:
     sizes = Sizes(side=8, steps=1) if args.quick else Sizes()
     if args.row:
         return run_once(args, sizes)
+    if args.gpu:
+        return gpu()
     import diffusers
     import transformers
 
@@ -442,10 +458,12 @@ def main() -> None:
         write_models(Path(folder))
         for name in args.rows or ROWS:
             print(row(name, sizes, Path(folder), args), flush=True)
-    if args.rows:
-        return
-    print("\n" + ways(sizes, args.quick))
-    print("\n" + against_size(args))
+        if args.rows:
+            return
+        small = Path(folder) / "quick.png"
+        figure = small if args.quick else Path(__file__).with_name("cost_against_size.png")
+        print("\n" + ways(sizes, args.quick))
+        print("\n" + against_size(args, figure))
     if torch.cuda.is_available():
         gpu()
 
