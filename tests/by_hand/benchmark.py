@@ -291,7 +291,7 @@ def rate_of_a_matrix_product(n: int = 4096) -> float:
     return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
 
 
-def against_size(args: argparse.Namespace, picture: Path) -> str:
+def against_size(args: argparse.Namespace, file: Path) -> str:
     """The U-Net's time and memory for 12 sizes, next to its operations at the machine's rate."""
     rate, model, found = rate_of_a_matrix_product(), our_unet(), []
     for side, batch in [(8, 1), (16, 2)] if args.quick else SIDES_AND_BATCHES:
@@ -300,7 +300,7 @@ def against_size(args: argparse.Namespace, picture: Path) -> str:
         spent = statistics.median(seconds(go) for _ in range(1 if args.quick else 3))
         memory = peak("U-Net", "ours", Path(), args, side, batch)
         found.append((side, batch, operations(side, batch) / 1e12, spent, memory))
-    draw(found, rate, picture)
+    draw(found, rate, file)
     lines = [f"A matrix product runs at {rate / 1e9:.0f} * 10^9 operations a second here.\n",
              "| image | batch | 10^12 operations | s at that rate | s | GB |", "|---" * 6 + "|"]
     lines += [f"| {8 * side}x{8 * side} | {batch} | {count:.2f} | {count * 1e12 / rate:.2f} "
@@ -308,8 +308,8 @@ def against_size(args: argparse.Namespace, picture: Path) -> str:
     return "\n".join(lines)
 
 
-def draw(found: list[tuple], rate: float, picture: Path) -> None:
-    """found: of each size its side, batch, 10^12 operations, seconds and GB."""
+def draw(found: list[tuple], rate: float, file: Path) -> None:
+    """Saves the figure. found: of each size its side, batch, 10^12 operations, seconds and GB."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), dpi=100)
@@ -325,7 +325,7 @@ def draw(found: list[tuple], rate: float, picture: Path) -> None:
     axes[0].legend(loc="upper left", fontsize="small")
     axes[1].legend(loc="lower right", fontsize="small")
     figure.tight_layout()
-    figure.savefig(picture)
+    figure.savefig(file)
 
 
 def ways(sizes: Sizes, quick: bool) -> str:
