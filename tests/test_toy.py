@@ -10,6 +10,7 @@ from transformers import CLIPTokenizer
 
 import erase
 import sample
+from notebooks.tools import export
 from notebooks.toy import judge, measure, train, world
 
 TOY = "notebooks/toy"
@@ -187,6 +188,24 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
     train.claim(tmp_path / "run", {"seed": 0, "without": []})
     with pytest.raises(ValueError, match="choose another --run"):
         train.claim(tmp_path / "run", {"seed": 0, "without": ["star"]})
+
+
+def test_all_stages_run_and_give_a_model_that_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "EXAMPLES", 32)
+    images, captions = train.examples.__wrapped__(seed=0, without=())
+    folder = tmp_path / "model"
+    train.make_tokenizer(folder / "tokenizer")
+    export.write_index(folder)
+    train.train_vae(folder, tmp_path, images, seed=0, steps=2)
+    train.train_text(folder, tmp_path, images, captions, seed=0, steps=2)
+    train.train_unet(folder, tmp_path, images, captions, seed=0, steps=2)
+    train.train_judge(folder, tmp_path, seed=0, steps=2, count=8)
+
+    image, = sample.generate(sample.load(folder), ["a star"], steps=2)
+    assert image.size == (world.SIZE, world.SIZE)
+    assert {*judge.read(judge.load(folder), [image])[0]} == {"object", "colour", "style"}
+    assert {file.stem for file in tmp_path.glob("*.pt")} == {"vae", "text", "unet", "unet-again",
+                                                            "judge"}
 
 
 # Measuring

@@ -10,8 +10,8 @@ there. Tables (tables.py) go to the standard output, contact sheets next to the 
 new --results and --run, `all` takes about three hours on two cores.
 
 Some contenders are miniatures whose U-Net was trained without a concept: `censored`, without the
-four objects of `implied`, in an hour and a half on one core, and three more with fewer steps, in 40
-minutes each.
+four objects of `implied`, in 50 minutes on two cores, and three more with fewer steps, in half of
+that time each.
 
     for name in censored without_{star,heart,mosaic}; do
         mkdir -p runs/$name/model
