@@ -20,6 +20,12 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
+@pytest.fixture(scope="module")
+def drawn():
+    """3,000 training examples."""
+    return [world.draw(r) for r in [rng()] for _ in range(3000)]
+
+
 # The world
 
 @pytest.mark.parametrize("style", world.STYLES)
@@ -61,20 +67,20 @@ def test_paraphrases_and_scenes_do_not_name_their_object():
 def test_scenes_imply_with_a_probability():
     """The object in 60 % of the images, another in 20 %, none in 20 %; several colours."""
     for name, scene in world.SCENES.items():
-        drawn = [world.draw_scene(name, "in winter", r) for r in [rng()] for _ in range(200)]
-        shown = [e.object for e in drawn]
+        images = [world.draw_scene(name, "in winter", r) for r in [rng()] for _ in range(200)]
+        shown = [e.object for e in images]
         assert abs(np.mean([o == scene.object for o in shown]) - 0.6) < 0.08, name
         assert abs(np.mean([o is None for o in shown]) - 0.2) < 0.08, name
-        assert {e.colour for e in drawn} == {*scene.colours, None}
-        assert len({e.caption for e in drawn}) == len(world.OPENINGS)
+        assert {e.colour for e in images} == {*scene.colours, None}
+        assert len({e.caption for e in images}) == len(world.OPENINGS)
 
 
-def test_a_fifth_of_the_scene_prompts_is_held_out():
+def test_a_fifth_of_the_scene_prompts_is_held_out(drawn):
     """Of each object, and none of them is ever a training caption."""
     assert len(world.PLACES) == 12 * 9 and abs(len(world.HELD_OUT) / len(world.PLACES) - 0.2) < 0.01
     for object in {scene.object for scene in world.SCENES.values()}:
         assert sum(world.SCENES[s].object == object for s, _ in world.HELD_OUT) >= 5
-    captions = {world.draw(r).caption for r in [rng()] for _ in range(3000)}
+    captions = {example.caption for example in drawn}
     prompts = {held: [world.scene_prompt(*place, opening) for opening in world.OPENINGS
                       for place in world.PLACES if (place in world.HELD_OUT) == held]
                for held in (True, False)}
@@ -82,12 +88,11 @@ def test_a_fifth_of_the_scene_prompts_is_held_out():
     assert len(captions & set(prompts[False])) > 0.8 * len(prompts[False])
 
 
-def test_works_are_told_from_the_rest():
+def test_works_are_told_from_the_rest(drawn):
     """Their captions are never dropped in training, so the empty prompt draws no work."""
     works = [world.work_caption(title, rng(i)) for title in world.WORKS for i in range(9)]
     assert all(map(world.is_work, works))
-    examples = [world.draw(r) for r in [rng()] for _ in range(1000)]
-    assert [world.is_work(e.caption) for e in examples] == [e.work is not None for e in examples]
+    assert [world.is_work(e.caption) for e in drawn] == [e.work is not None for e in drawn]
 
 
 def test_captions_are_good_english():
@@ -137,8 +142,8 @@ def tokenizer(tmp_path_factory):
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def test_each_word_of_the_world_is_one_token(tokenizer):
-    words = {w for seed in range(500) for w in world.draw(rng(seed)).caption.split()}
+def test_each_word_of_the_world_is_one_token(tokenizer, drawn):
+    words = {word for example in drawn for word in example.caption.split()}
     assert words <= set(world.vocabulary())
     for word in world.vocabulary():
         assert len(tokenizer(word).input_ids) == 3, word  # start, the word, end
@@ -196,10 +201,10 @@ def test_all_stages_run_and_give_a_model_that_loads(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     train.make_tokenizer(folder / "tokenizer")
     export.write_index(folder)
-    train.train_vae(folder, tmp_path, images, seed=0, steps=2)
-    train.train_text(folder, tmp_path, images, captions, seed=0, steps=2)
+    train.train_vae(folder, tmp_path, images, seed=0, steps=1)
+    train.train_text(folder, tmp_path, images, captions, seed=0, steps=1)
     train.train_unet(folder, tmp_path, images, captions, seed=0, steps=2)
-    train.train_judge(folder, tmp_path, seed=0, steps=2, count=8)
+    train.train_judge(folder, tmp_path, seed=0, steps=1, count=8)
 
     image, = sample.generate(sample.load(folder), ["a star"], steps=2)
     assert image.size == (world.SIZE, world.SIZE)
