@@ -21,7 +21,7 @@ def rng(seed=0):
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def examples():
     """3,000 training examples."""
     return [world.draw(r) for r in [rng()] for _ in range(3000)]
 
@@ -75,12 +75,12 @@ def test_scenes_imply_with_a_probability():
         assert len({e.caption for e in images}) == len(world.OPENINGS)
 
 
-def test_a_fifth_of_the_scene_prompts_is_held_out(drawn):
+def test_a_fifth_of_the_scene_prompts_is_held_out(examples):
     """Of each object, and none of them is ever a training caption."""
     assert len(world.PLACES) == 12 * 9 and abs(len(world.HELD_OUT) / len(world.PLACES) - 0.2) < 0.01
     for object in {scene.object for scene in world.SCENES.values()}:
         assert sum(world.SCENES[s].object == object for s, _ in world.HELD_OUT) >= 5
-    captions = {example.caption for example in drawn}
+    captions = {example.caption for example in examples}
     prompts = {held: [world.scene_prompt(*place, opening) for opening in world.OPENINGS
                       for place in world.PLACES if (place in world.HELD_OUT) == held]
                for held in (True, False)}
@@ -88,11 +88,11 @@ def test_a_fifth_of_the_scene_prompts_is_held_out(drawn):
     assert len(captions & set(prompts[False])) > 0.8 * len(prompts[False])
 
 
-def test_works_are_told_from_the_rest(drawn):
+def test_works_are_told_from_the_rest(examples):
     """Their captions are never dropped in training, so the empty prompt draws no work."""
     works = [world.work_caption(title, rng(i)) for title in world.WORKS for i in range(9)]
     assert all(map(world.is_work, works))
-    assert [world.is_work(e.caption) for e in drawn] == [e.work is not None for e in drawn]
+    assert [world.is_work(e.caption) for e in examples] == [e.work is not None for e in examples]
 
 
 def test_captions_are_good_english():
@@ -142,8 +142,8 @@ def tokenizer(tmp_path_factory):
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def test_each_word_of_the_world_is_one_token(tokenizer, drawn):
-    words = {word for example in drawn for word in example.caption.split()}
+def test_each_word_of_the_world_is_one_token(tokenizer, examples):
+    words = {word for example in examples for word in example.caption.split()}
     assert words <= set(world.vocabulary())
     for word in world.vocabulary():
         assert len(tokenizer(word).input_ids) == 3, word  # start, the word, end
@@ -197,7 +197,7 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
 
 def test_all_stages_run_and_give_a_model_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "EXAMPLES", 32)
-    images, captions = train.examples.__wrapped__(seed=0, without=())
+    images, captions = train.examples.__wrapped__(seed=0, without=())  # past its cache
     folder = tmp_path / "model"
     train.make_tokenizer(folder / "tokenizer")
     export.write_index(folder)
