@@ -1,16 +1,21 @@
-"""Erases a concept from Stable Diffusion by fine-tuning its U-Net, without a single image: ESD.
+"""ESD: erases a concept from Stable Diffusion by fine-tuning its U-Net, without an image.
 
     python erase.py "Van Gogh" --out van-gogh.safetensors
 
-Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, arxiv.org/abs/2303.07345.
-Equations and symbols are the paper's: c concept, null empty prompt, x_t latent at t, eps its noise,
-eta strength, `frozen` the original eps_theta*, `unet` the edited eps_theta, theta what was tuned.
+Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023,
+https://arxiv.org/abs/2303.07345. Equations and symbols are the paper's: c the concept,
+null the empty prompt, x_t the latent at time t, eps the noise in it, eta the strength,
+`frozen` the original model eps_theta*, `unet` the edited one eps_theta, theta the tuned
+weights, by name.
 """
 
 import argparse
+import functools
+import importlib
+import inspect
 import json
-import pkgutil
-import zlib
+import math
+import os
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -22,20 +27,37 @@ from tqdm import tqdm
 
 import ddim
 import sample
+from sample import StableDiffusion, UsageError
 
-METHODS: dict[str, Callable[[str], bool]] = {  # which parameters are tuned, by name (section 4.1)
-    "esd-x": lambda name: "attn2" in name,  # cross-attention: tied to the words of the prompt
-    "esd-u": lambda name: "attn2" not in name and not name.startswith(  # as in the paper's code
-        ("time_embedding.", "conv_norm_out.", "conv_out.")),
+METHODS: dict[str, Callable[[str], bool]] = {  # which weights are tuned (section 4.1)
+    # cross-attention only: it is where the words of a prompt come in
+    "esd-x": lambda name: "attn2" in name,
+    # all but cross-attention, time embedding and output layers, as in the paper's code
+    "esd-u": lambda name: "attn2" not in name
+    and not name.startswith(("time_embedding.", "conv_norm_out.", "conv_out.")),
 }
-SCALE = 2.0**12  # of the loss, for float16's gradients; and of Adam's eps, so steps stay the same
+SCALE = 2.0**12  # of the loss in backward(), so that no float16 gradient rounds to 0
+SAVE_EVERY = 50  # iterations between two checkpoints
 
 
 class Text(NamedTuple):
-    """Text features that a loss may use, (B, 77, 768) each."""
-    concept: Tensor
+    """The text features of one concept, (B, 77, 768) each."""
+
+    concept: Tensor  # c
     null: Tensor
-    anchor: Tensor  # what x_t is drawn for: the concept, unless another prompt is given
+    anchor: Tensor  # what x_t is drawn for: c, unless another prompt is given
+    index: int = 0  # of the concept, where several are erased
+
+
+class Batch(NamedTuple):
+    """What one gradient step is computed on."""
+
+    x_t: Tensor  # (B, 4, H, W)
+    t: Tensor  # (B,)
+    text: Text
+
+
+# ---- the loss (section 4, Eq. 6)
 
 
 def esd_target(eps_null: Tensor, eps_c: Tensor, eta: float) -> Tensor:
@@ -54,150 +76,425 @@ def esd_loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Tex
     return (eps - target).square().mean(dim=(1, 2, 3))
 
 
-@torch.no_grad()  # holds while it draws, not while it waits
-def own_ways(unet: Callable, texts: list[Text], shape: tuple, steps: int, guidance: float,
-             rng: Generator, every_step: bool = False) -> Iterator[tuple]:
-    """Yields (x_t, t, text) without end: x_t is what the edited model itself has denoised for a
-    random concept, down to a random t (section 4), or, cheaper, every x_t on its way to an image.
+# ---- where x_t comes from
+
+
+@torch.no_grad()  # while it draws; at each yield, gradients are on again
+def x_t_from_model(
+    unet: Callable, texts: list[Text], shape: tuple[int, ...], rng: Generator,
+    steps: int = 50, guidance: float = 3.0, every_step: bool = False,
+    denoise: Callable = ddim.denoise,
+) -> Iterator[Batch]:
+    """Yields x_t that a model, in the paper eps_theta, denoised to a random t (section 4).
+
+    Each trajectory is for a random concept, and a batch shares it and t. every_step:
+    yields every x_t of a trajectory, not just one. That is cheaper, and the next x_t is
+    drawn with the theta that was updated in between, since `denoise` is lazy.
     """
-    times = ddim.timesteps(steps)
     while True:
-        text = texts[torch.randint(len(texts), (1,), generator=rng)]
-        way = times if every_step else times[:1 + torch.randint(steps, (1,), generator=rng)]
+        text = texts[torch.randint(len(texts), (1,), generator=rng).item()]
+        last = steps - 1
+        if not every_step:
+            last = torch.randint(steps, (1,), generator=rng).item()
         noise = torch.randn(shape, generator=rng).to(text.null.device)
-        predict = ddim.guided(unet, text.anchor, text.null, guidance)
-        for t, (_, x_t) in zip(way, ddim.denoise(predict, noise, steps)):
-            if every_step or t == way[-1]:
-                yield x_t, torch.full(shape[:1], t, device=x_t.device), text
+
+        predict = ddim.guided_predictor(unet, text.anchor, text.null, guidance)
+        for i, (t, x_t) in enumerate(denoise(predict, noise, steps, rng)):
+            if every_step or i == last:
+                yield Batch(x_t, torch.full(shape[:1], t, device=x_t.device), text)
+            if i == last:
+                break
 
 
-def noised(images: Tensor, texts: list, shape: tuple, steps: int, rng: Generator) -> Iterator:
-    """For memorised images (section 5.4): x_t is images[i], noised, with texts[i]; (C, 4, H, W)."""
+def x_t_from_images(
+    unet: Callable, texts: list[Text], shape: tuple[int, ...], rng: Generator,
+    latents: Tensor, steps: int = 50,
+) -> Iterator[Batch]:
+    """Yields x_t that are memorised images, noised to a random t (section 5.4).
+
+    latents: an image for each of the texts, (len(texts), 4, H, W). unet isn't used.
+    """
+    abar = ddim.alphas_cumprod()
     while True:
         i = torch.randint(len(texts), (1,), generator=rng).item()
-        t = ddim.timesteps(steps)[torch.randint(steps, (1,), generator=rng)]
-        noise = torch.randn(shape, generator=rng).to(images.device)
-        x_t = ddim.add_noise(images[i].expand(shape), noise, ddim.alphas_cumprod()[t])
-        yield x_t, torch.full(shape[:1], t, device=x_t.device), texts[i]
+        t = ddim.timesteps(steps)[torch.randint(steps, (1,), generator=rng).item()]
+        noise = torch.randn(shape, generator=rng).to(latents.device)
+
+        x_t = ddim.add_noise(latents[i].expand(shape), noise, abar[t])
+        yield Batch(x_t, torch.full(shape[:1], t, device=x_t.device), texts[i])
 
 
-def select(unet: nn.Module, method: str | Callable[[str], bool]) -> dict[str, Tensor]:
-    """Returns theta by name: float32 copies of what a method, or a predicate on names, tunes."""
-    tuned = METHODS[method] if isinstance(method, str) else method
-    return {name: parameter.detach().to(torch.float32, copy=True).requires_grad_()
-            for name, parameter in unet.named_parameters() if tuned(name)}
+# ---- theta, and the model with it
 
 
-def edit(frozen: nn.Module, theta: dict[str, Tensor]) -> Callable:
-    """Returns eps_theta(x_t, t, c): `frozen` with the newest values of theta in place."""
+def trainable_copies(
+    unet: nn.Module, method: str | Callable[[str], bool]
+) -> dict[str, Tensor]:
+    """Returns theta: float32 copies, by name, of what a method or a predicate tunes."""
+    is_tuned = METHODS[method] if isinstance(method, str) else method
+    theta = {}
+    for name, parameter in unet.named_parameters():
+        name = name.removeprefix("_orig_mod.")  # of a compiled U-Net
+        if is_tuned(name):
+            copied = parameter.detach().to(torch.float32, copy=True)
+            theta[name] = copied.requires_grad_()
+    return theta
+
+
+def with_theta(frozen: nn.Module, theta: dict[str, Tensor] | Callable) -> Callable:
+    """Returns eps_theta(x_t, t, c): `frozen`, called with the newest theta in place.
+
+    theta: a dict, or a function that returns one, such as theta* + up @ down for a
+    LoRA. Both models are one module: a hook or an adapter on it acts on theta* too, and
+    the loss still looks right. To change one of them, put it on a copy.deepcopy of the
+    module.
+    """
     dtype = next(frozen.parameters()).dtype
-    return lambda x_t, t, c: torch.func.functional_call(
-        frozen, {name: tensor.to(dtype) for name, tensor in theta.items()}, (x_t, t, c))
+    prefix = "_orig_mod." if hasattr(frozen, "_orig_mod") else ""  # of a compiled U-Net
+    names = {name for name, _ in frozen.named_parameters()}
+
+    def unet(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        newest = theta() if callable(theta) else theta
+        weights = {prefix + name: tensor.to(dtype) for name, tensor in newest.items()}
+        if unknown := weights.keys() - names:
+            raise UsageError(f"the U-Net has no weights named {', '.join(unknown)}")
+        return torch.func.functional_call(frozen, weights, (x_t, t, c))
+
+    return unet
 
 
-def esd(unet: Callable, frozen: Callable, data: Iterator[tuple], optimizer: torch.optim.Optimizer,
-        loss_fn: Callable = esd_loss, eta: float = 1.0) -> Iterator[float]:
-    """Takes one gradient step for each loss that is asked for, as long as data lasts."""
+# ---- the training loop
+
+
+def gradient_steps(
+    unet: Callable, frozen: Callable, data: Iterator[Batch], optimizer: torch.optim.Optimizer,
+    loss_fn: Callable = esd_loss, eta: float = 1.0,
+) -> Iterator[float]:
+    """A generator, as long as data lasts: each next() takes a step and returns its loss."""
     for x_t, t, text in data:
-        loss = loss_fn(unet, frozen, x_t, t, text, eta).mean()
+        x_t = x_t.detach()  # no gradient reaches what drew it
+        losses = loss_fn(unet, frozen, x_t, t, text, eta)  # (B,)
+        if losses.shape != (len(x_t),) or not losses.requires_grad:
+            raise UsageError(f"the loss isn't ({len(x_t)},) with a gradient: {losses}")
+        loss = losses.mean()
         if not loss.isfinite():
-            raise ValueError(f"the loss at t = {t.tolist()} isn't finite: try a smaller lr or eta")
+            raise UsageError(f"the loss at t = {t.tolist()} isn't finite: lower lr or eta")
+
         optimizer.zero_grad()
-        loss.backward()
+        (SCALE * loss).backward()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= SCALE
         optimizer.step()
+        torch.clear_autocast_cache()  # of a caller's autocast: it has the old theta
         yield loss.item()
 
 
-def erase(sd: sample.StableDiffusion, concepts: list[str] | dict[str, str], method: str = "esd-x",
-          eta: float = 1.0, lr: float = 1e-5, iterations: int = 1000, loss_fn: Callable = esd_loss,
-          data: Callable = own_ways, guidance: float = 3.0, steps: int = 50, batch: int = 1,
-          seed: int = 0, checkpoint: Path | None = None) -> dict[str, Tensor]:
-    """Runs ESD, by default with the paper's values; returns theta by name. `sd` isn't changed.
-    concepts: prompts, or {prompt: anchor}; each x_t is for a random one. data: called as own_ways.
-    checkpoint: a file that keeps the run; the same call goes on from it, to the same bits.
+# ---- what `erase` is given
+
+
+def check_concepts(concepts: list[str]) -> None:
+    """Raises UsageError if there are none, or an empty one, or duplicates."""
+    if not all(concept.strip() for concept in concepts) or not concepts:
+        raise UsageError(f"there is no concept to erase in {concepts}")
+    for concept in concepts:
+        if concepts.count(concept) > 1:
+            raise UsageError(f"{concept!r} is given twice")
+
+
+def texts_for(sd: StableDiffusion, concepts: list | dict | Tensor, batch: int) -> list[Text]:
+    """Returns a Text of `batch` rows for each concept. Raises UsageError.
+
+    concepts: prompts; {prompt: anchor}, x_t being drawn for the anchor; or features,
+    (C, 77, 768).
     """
-    if iterations < 0 or batch < 1:
-        raise ValueError(f"iterations is {iterations}, batch {batch}: choose 0 and 1 or more")
-    concepts = [concepts] if isinstance(concepts, str) else concepts
-    anchors = [*(concepts.values() if isinstance(concepts, dict) else concepts)]
-    null = sd.encode([""] * batch)
-    texts = [Text(c.expand_as(null), null, anchor.expand_as(null))
-             for c, anchor in zip(sd.encode([*concepts]), sd.encode(anchors))]
-    shape = (batch, *sample.starting_noise(sd, 1, seed, None).shape[1:])
-    rng, theta, done = Generator().manual_seed(seed), select(sd.unet, method), 0
-    unet, optimizer = edit(sd.unet, theta), torch.optim.Adam(theta.values(), lr, eps=SCALE * 1e-8)
+    if isinstance(concepts, Tensor):
+        features = anchors = concepts
+    else:
+        prompts = [concepts] if isinstance(concepts, str) else [*concepts]
+        check_concepts(prompts)
+        features = anchors = sd.encode(prompts)  # (C, 77, 768)
+        if isinstance(concepts, dict):
+            anchors = sd.encode([*concepts.values()])
+
+    null = sd.encode([""] * batch)  # (B, 77, 768)
+    if features.shape[1:] != null.shape[1:]:
+        raise UsageError(f"concepts have the shape {tuple(features.shape)}, not (C, 77, 768)")
+    texts = []
+    for i, (c, anchor) in enumerate(zip(features, anchors)):
+        texts.append(Text(c.expand_as(null), null, anchor.expand_as(null), index=i))
+    return texts
+
+
+# ---- a run that can be resumed
+
+
+def setting_to_text(value: object) -> str:
+    """Returns a text to compare settings by: of a function, its code and what is bound.
+
+    It can't see what else a function refers to: a closure's variables, other functions.
+    """
+    if isinstance(value, functools.partial):
+        bound = {name: setting_to_text(each) for name, each in value.keywords.items()}
+        return f"{setting_to_text(value.func)} with {value.args} and {bound}"
+    if isinstance(value, StableDiffusion):
+        return f"a model with the numbers {sample.fingerprint(value)}"
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} with the sum {value.sum().item()}"
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):  # defined in a REPL, or not a function
+        return str(value)
+
+
+def save_checkpoint(path: Path, settings: dict[str, str], done: int, theta: dict[str, Tensor],
+                    optimizer: torch.optim.Optimizer, rng: Generator) -> None:
+    """Writes the state of a run after `done` iterations."""
+    state = {
+        "settings": settings,
+        "done": done,
+        "theta": theta,
+        "optimizer": optimizer.state_dict(),
+        "rng": rng.get_state(),
+    }
+    sample.write_whole(path, lambda part: torch.save(state, part))
+
+
+def load_checkpoint(path: Path, settings: dict[str, str], theta: dict[str, Tensor],
+                    optimizer: torch.optim.Optimizer, rng: Generator) -> int:
+    """Puts the state of a run in place and returns how many iterations were done.
+
+    An optimizer's state is a nest of dicts, which safetensors can't hold. So this is
+    the one place that unpickles, and weights_only runs no code. Raises UsageError if a
+    setting differs.
+    """
+    try:
+        state = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise UsageError(f"{path} is damaged, delete it: {error}") from error
+    for name, value in settings.items():
+        saved = state["settings"].get(name)
+        if saved != value:
+            raise UsageError(
+                f"{path} belongs to a run with a different {name}: {saved}, not {value}"
+            )
+
+    for name, tensor in theta.items():
+        tensor.data.copy_(state["theta"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    rng.set_state(state["rng"])
+    return state["done"]
+
+
+# ---- all of it together
+
+
+def erase(
+    sd: StableDiffusion, concepts: list[str] | dict[str, str] | Tensor,
+    method: str | Callable[[str], bool] = "esd-x", eta: float = 1.0, lr: float = 1e-5,
+    iterations: int = 1000, batch: int = 1, seed: int = 0,
+    loss_fn: Callable = esd_loss, data: Callable = x_t_from_model,
+    optimizer: Callable = torch.optim.Adam, frozen: Callable | None = None,
+    on_step: Callable | None = None, checkpoint: Path | None = None,
+) -> dict[str, Tensor]:
+    """Runs ESD, by default with the paper's values; returns theta. `sd` isn't changed.
+
+    concepts: as `texts_for` takes them.
+    data: called with (unet, texts, shape, rng); its other arguments are bound with
+    partial.
+    optimizer: called with (name, tensor) pairs and lr, as torch's are.
+    frozen: the U-Net whose eps is the target, if that isn't sd's.
+    on_step: called with (iteration, loss, theta) after each; stops the run by returning
+    True.
+    checkpoint: a file to keep the run in, with a progress bar. If it exists, the run
+    continues: bit for bit, unless data yields several x_t of a trajectory; then it
+    starts a new one. Raises UsageError for invalid arguments, or others than its own.
+    """
+    if iterations < 0 or batch < 1 or not 0 <= lr < math.inf:
+        raise UsageError(f"invalid: iterations {iterations}, batch {batch} or lr {lr}")
+    if isinstance(method, str) and method not in METHODS:
+        raise UsageError(f"method is {method!r}, choose {' or '.join(METHODS)}")
+    texts = texts_for(sd, concepts, batch)
+    theta = trainable_copies(sd.unet, method)
+    if not theta:
+        raise UsageError(f"{method} selects no weight")
+
+    unet = with_theta(sd.unet, theta)
+    rng = Generator().manual_seed(seed)
+    stepper = optimizer(theta.items(), lr)
+    settings = dict(
+        concepts=concepts, method=method, eta=eta, lr=lr, iterations=iterations,
+        batch=batch, seed=seed, loss=loss_fn, data=data, optimizer=optimizer,
+        frozen=frozen, dtype=sd.dtype, model=sample.fingerprint(sd),
+    )
+    settings = {name: setting_to_text(value) for name, value in settings.items()}
+    done = 0
     if checkpoint and checkpoint.exists():
-        kept, rng_state, moments, done = torch.load(checkpoint, "cpu", weights_only=True)
-        rng.set_state(rng_state), optimizer.load_state_dict(moments)
-        for name, tensor in theta.items():
-            tensor.data.copy_(kept[name])
-    losses = esd(unet, sd.unet, data(unet, texts, shape, steps, guidance, rng), optimizer,
-                 lambda *args: SCALE * loss_fn(*args), eta)
-    bar = tqdm(range(done + 1, iterations + 1), f"from {done}", delay=1, disable=not checkpoint)
-    for done in bar:
-        bar.set_postfix(loss=next(losses) / SCALE, refresh=False)
-        if checkpoint and done % steps == 0:  # with every_step, only between two ways
-            state = theta, rng.get_state(), optimizer.state_dict(), done
-            sample.write_whole(checkpoint, lambda part: torch.save(state, part))
+        done = load_checkpoint(checkpoint, settings, theta, stepper, rng)
+
+    batches = data(unet, texts, (batch, *sd.latent_shape), rng)
+    target_unet = sd.unet if frozen is None else frozen
+    losses = gradient_steps(unet, target_unet, batches, stepper, loss_fn, eta)
+    todo = range(done + 1, iterations + 1)
+    bar = tqdm(todo, f"from {done}", delay=1, disable=checkpoint is None)
+    for iteration in bar:
+        loss = next(losses, None)
+        if loss is None:
+            raise UsageError(f"data ended after {iteration - 1} of {iterations} iterations")
+        bar.set_postfix(loss=loss, refresh=False)
+        if checkpoint and (iteration % SAVE_EVERY == 0 or iteration == iterations):
+            save_checkpoint(checkpoint, settings, iteration, theta, stepper, rng)
+        if on_step and on_step(iteration, loss, theta):
+            break
     return {name: tensor.detach() for name, tensor in theta.items()}
 
 
-def save(theta: dict[str, Tensor], path: Path, settings: dict) -> None:
-    """Writes a float16 safetensors file under the published names; settings are its metadata."""
+# ---- the file, and the command line
+
+
+def to_float16(theta: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns theta as it is saved. Raises UsageError if float16 can't hold it."""
     tensors = {name: tensor.half().cpu() for name, tensor in theta.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ValueError("theta isn't finite, nothing was saved: try a smaller --lr or --eta")
-    whole = safetensors.torch.save(tensors, {"settings": json.dumps(settings, default=str)})
-    sample.write_whole(path, lambda part: part.write_bytes(whole))
+        raise UsageError("theta isn't finite, nothing was saved: lower --lr or --eta")
+    return tensors
+
+
+def save(
+    theta: dict[str, Tensor], path: Path, settings: dict, sd: StableDiffusion
+) -> None:
+    """Writes theta, tuned on sd, as float16 safetensors under the published names.
+
+    Its metadata are the settings and, as `base`, a fingerprint of the model that it
+    belongs to. If sd itself was edited before, the file has those weights, too, so that
+    it gives both edits on the original.
+    """
+    before = sample.unet_tensors(sd)
+    edited_before = {name: before[name] for name in sd.edited - theta.keys()}
+    tensors = to_float16(edited_before | theta)
+
+    base = sample.fingerprint(sd, without=tensors.keys())
+    metadata = {"settings": json.dumps(settings | {"base": base}, default=str)}
+    content = safetensors.torch.save(tensors, metadata)
+    sample.write_whole(path, lambda part: part.write_bytes(content))
+
+
+def find_function(flag: str, target: str) -> Callable:
+    """Returns what MODULE:FUNCTION names; a mistake in it keeps its traceback."""
+    module_name, _, name = target.partition(":")
+    if not module_name.replace(".", "_").isidentifier():
+        raise UsageError(f"{flag} {target}: write MODULE:FUNCTION, such as erase:esd_loss")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{flag} {target}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        raise UsageError(f"{flag} {target}: {module_name} has no function {name!r}")
+    return getattr(module, name)
+
+
+def bind(function: Callable, options: dict) -> Callable:
+    """Returns the function with those options bound that are among its parameters."""
+    parameters = inspect.signature(function).parameters
+    taken = {name: value for name, value in options.items() if name in parameters}
+    return functools.partial(function, **taken) if taken else function
+
+
+def data_from_flags(args: argparse.Namespace, sd: StableDiffusion) -> Callable:
+    """Returns the `data` that the flags ask for."""
+    options = {
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "every_step": args.every_step,
+        "sd": sd,
+    }
+    function = x_t_from_model
+    if args.image:
+        options["latents"] = sd.encode_images([Image.open(file) for file in args.image])
+        function = x_t_from_images
+    if args.data:
+        function = find_function("--data", args.data)
+    return bind(function, options)
+
+
+def check_flags(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Raises UsageError for invalid flags, before a model is loaded."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("erase.py is one process: start it without torchrun")
+    sample.check_steps_and_seeds(args.steps, [args.seed])
+    check_concepts(args.concepts)
+    if args.image and len(args.image) != len(args.concepts):
+        raise UsageError(f"{len(args.image)} images for {len(args.concepts)} concepts")
+    if args.resume and not checkpoint.exists():
+        raise UsageError(f"{checkpoint} doesn't exist: leave out --resume")
+    sample.check_out(args.out, ".safetensors", new=not args.resume)
+    if any("," in concept for concept in args.concepts):
+        print('A comma is part of a concept. To erase two, write "star" "heart".')
+
+
+def draw_before_and_after(
+    sd: StableDiffusion, theta: dict[str, Tensor], prompts: list[str], seed: int
+) -> Image.Image:
+    """Returns a sheet, two rows for each prompt; theta is rounded as it is saved."""
+    models = {"before": sd, "after": sample.with_weights(sd, to_float16(theta))}
+    rows = []
+    for prompt in prompts:
+        for when, model in models.items():
+            images = sample.generate(
+                model, [prompt], num=4, seed=seed, steps=25, progress=True
+            )
+            rows.append((f"{prompt}, {when}", images))
+    return sample.contact_sheet(rows)
 
 
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    kept = args.out.with_suffix(f".{zlib.crc32(repr(args).encode()):08x}.checkpoint")
-    if args.out.exists():
-        kept.unlink(missing_ok=True)  # of a run that was killed after it had saved its weights
-    sample.check_out(args.out, ".safetensors", new=not kept.exists())
-    try:
-        loss_fn = pkgutil.resolve_name(args.loss).__call__  # an AttributeError if it has none
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--loss {args.loss}: {error}") from error
-    if any("," in concept for concept in args.concepts):
-        print('A comma is part of a concept. To erase two, write "star" "heart".')
-    sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
-    data = lambda *how: own_ways(*how, args.every_step)
-    if args.image:
-        if len(args.image) != len({*args.concepts}):
-            raise ValueError(f"{len(args.image)} images for {len({*args.concepts})} concepts")
-        images = sd.encode_images([Image.open(file) for file in args.image])
-        data = lambda unet, texts, shape, steps, _, rng: noised(images, texts, shape, steps, rng)
-    anchored = args.concepts if args.anchor is None else dict.fromkeys(args.concepts, args.anchor)
-    theta = erase(sd, anchored, args.method, args.eta, args.lr, args.iterations, loss_fn, data,
-                  args.guidance, args.steps, args.batch, args.seed, kept)
-    models = {"before": sd, "after": sample.with_tuned(sd, theta)}
-    rows = [(f"{text}, {when}", sample.generate(model, [text], 4, args.seed, 25, progress=True))
-            for text in args.concepts + args.show for when, model in models.items()]
-    sample.save_png(sample.contact_sheet(rows), args.out.with_suffix(".png"), vars(args))
-    save(theta, args.out, vars(args))
-    kept.unlink(missing_ok=True)
-    print(f"{sum(part.numel() for part in theta.values()):,} parameters tuned: {args.out}, .png")
+    checkpoint = args.out.with_suffix(".checkpoint")
+    check_flags(args, checkpoint)
+    loss_fn = find_function("--loss", args.loss)
+    sd = sample.load(args.model, args.device, args.dtype)
+    loss_fn = bind(loss_fn, {"sd": sd})
+    data = data_from_flags(args, sd)
+    if checkpoint.exists() and not args.resume:
+        print(f"{checkpoint} is of an earlier run: starting anew, as --resume isn't given")
+        checkpoint.unlink()
+
+    concepts = args.concepts
+    if args.anchor is not None:
+        concepts = dict.fromkeys(concepts, args.anchor)
+    theta = erase(
+        sd, concepts, method=args.method, eta=args.eta, lr=args.lr,
+        iterations=args.iterations, batch=args.batch, seed=args.seed,
+        loss_fn=loss_fn, data=data, checkpoint=checkpoint,
+    )
+
+    save(theta, args.out, vars(args), sd)
+    sheet = draw_before_and_after(sd, theta, args.concepts + args.show, args.seed)
+    sample.save_png(sheet, args.out.with_suffix(".png"), vars(args))
+    checkpoint.unlink(missing_ok=True)
+    count = sum(tensor.numel() for tensor in theta.values())
+    print(f"{count:,} parameters tuned: {args.out}, .png")
 
 
 def main() -> None:
     """Reads the command line."""
-    flags = sample.parser("Erases concepts from Stable Diffusion (ESD).", "CONCEPT", "a prompt")
+    flags = sample.parser("Erases concepts (ESD).", "CONCEPT", "what to erase, as a prompt")
     add = flags.add_argument
-    add("--method", default="esd-x", choices=METHODS, help="which parameters to tune")
+    add("--method", default="esd-x", choices=METHODS, help="which weights to tune")
     add("--eta", type=float, default=1.0, help="strength, Eq. 6")
     add("--lr", type=float, default=1e-5, help="Adam's learning rate")
     add("--iterations", type=int, default=1000, help="gradient steps")
+    add("--batch", type=int, default=1, help="latents in a gradient step")
     add("--loss", default="erase:esd_loss", metavar="MODULE:FUNCTION", help="a loss of your own")
-    add("--every-step", action="store_true", help="learn at every step on the way to an image")
+    add("--data", metavar="MODULE:FUNCTION", help="x_t of your own; may take steps, sd, ...")
+    add("--every-step", action="store_true", help="learn at every step of a trajectory")
+    add("--guidance", type=float, default=3.0, help="guidance scale for x_t")
     add("--anchor", metavar="PROMPT", help="what x_t is drawn for, if not for the concept")
     add("--image", type=Path, nargs="+", metavar="FILE", help="one image per concept, for x_t")
-    add("--guidance", type=float, default=3.0, help="guidance scale for x_t")
-    add("--batch", type=int, default=1, help="latents in a gradient step")
-    add("--show", nargs="+", default=[], metavar="PROMPT", help="to be shown before and after, too")
-    add("--out", type=Path, default=Path("erased.safetensors"), help="the image goes next to it")
+    add("--show", nargs="+", default=[], metavar="PROMPT", help="more rows of the image")
+    add("--resume", action="store_true", help="go on from the checkpoint next to --out")
+    add("--out", type=Path, default=Path("erased.safetensors"), help="gets an image next to it")
     sample.fail_in_one_line(run, flags)
 
 

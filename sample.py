@@ -1,29 +1,32 @@
-"""Images from prompts: loads Stable Diffusion v1 in any published form and samples it with DDIM.
+"""Images from prompts: loads Stable Diffusion v1 and samples it with DDIM.
 
     python sample.py "a red star" --model notebooks/toy --num 4 --out star.png
-    sd = sample.load("sd-v1-4.ckpt"); images = sample.generate(sd, ["a red star"], num=4)
 
-Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. To follow a prompt, see `generate`.
+    sd = sample.load("CompVis/stable-diffusion-v1-4")
+    images = sample.generate(sd, ["a red star"], num=4)
+
+Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. The way from a prompt to an
+image is in `generate`. A model is a folder in diffusers' layout with safetensors, here
+or on the hub; notebooks/tools/convert.py brings everything else into that form.
 """
 
 import argparse
 import json
-import re
+import math
 import shlex
 import signal
 import sys
 import warnings
-from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable, NamedTuple
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 import clip_text
@@ -32,280 +35,482 @@ import unet
 import vae
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"  # the paper's
-CLIP = "openai/clip-vit-large-patch14"  # Stable Diffusion v1's tokenizer
 
 
-@dataclass(frozen=True)
+class UsageError(ValueError):
+    """Input that can't be used. A command prints it as one line, without a traceback."""
+
+
+# ---- the model
+
+
+@dataclass
 class StableDiffusion:
-    """The four parts of a checkpoint."""
+    """The four parts of a model."""
 
     unet: unet.UNet
     vae: vae.VAE
     text_encoder: clip_text.TextEncoder
     tokenizer: Callable  # transformers' CLIPTokenizer
+    edited: frozenset[str] = field(default=frozenset(), repr=False)  # replaced in the U-Net
 
-    device = property(lambda sd: sd.unet.conv_in.weight.device)
-    dtype = property(lambda sd: sd.unet.conv_in.weight.dtype)
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(4, 64, 64): of one latent of the size that the model was trained on."""
+        config = self.unet.config
+        return config.in_channels, config.sample_size, config.sample_size
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """B prompts -> text features (B, 77, 768). Longer prompts are cut, with a warning."""
+        """B prompts -> text features (B, 77, 768). Cuts longer prompts, and warns."""
         length = self.text_encoder.config.max_position_embeddings
         for prompt, ids in zip(prompts, self.tokenizer(prompts).input_ids):
             if len(ids) > length:
                 warnings.warn(f"cut to the first {length} of {len(ids)} tokens: {prompt!r}")
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True)
+
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True
+        )
         return self.text_encoder(torch.tensor(tokens.input_ids, device=self.device))
 
     @torch.no_grad()
     def encode_images(self, images: list[Image.Image]) -> Tensor:
-        """B images, cropped to the model's size -> the U-Net's latents (B, 4, H, W)."""
+        """B images, fitted to the model's size -> the U-Net's latents (B, 4, H, W)."""
         side = self.unet.config.sample_size * self.vae.config.factor
-        pixels = np.stack([ImageOps.fit(as_seen(image), (side, side)) for image in images])
-        scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, 8H, 8W)
+        fitted = [ImageOps.fit(to_rgb(image), (side, side)) for image in images]
+        pixels = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # (B, 3, 8H, 8W)
+        scaled = pixels / 127.5 - 1
+
         mean, _ = self.vae.encode(scaled.to(self.device, self.dtype))
-        return (mean * self.vae.config.scaling_factor).float()
+        return mean.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, x_0: Tensor, what: str = "an image") -> list[Image.Image]:
+    def decode(self, x_0: Tensor, source: str = "an image") -> list[Image.Image]:
         """The U-Net's latents (B, 4, H, W) -> B images of 8H x 8W pixels."""
         latents = (x_0 / self.vae.config.scaling_factor).to(self.dtype)
-        images = self.vae.decode(latents)  # (B, 3, 8H, 8W), -1..1
+        images = self.vae.decode(latents).float()  # (B, 3, 8H, 8W), -1..1
         if not images.isfinite().all():
-            raise ValueError(f"{what} has non-finite pixels: try --dtype float32")
-        pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-        return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+            raise UsageError(f"{source} has non-finite pixels: try --dtype float32")
+
+        pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (B, 8H, 8W, 3)
+        return [Image.fromarray(image) for image in pixels]
 
 
-def as_seen(image: Image.Image) -> Image.Image:
-    """RGB as a viewer shows it: turned as its EXIF says, on white, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+# ---- from prompts to images
 
 
-def starting_noise(sd: StableDiffusion, num: int, seed: int,
-                   size: int | tuple[int, int] | None) -> Tensor:
-    """Returns (num, 4, height/8, width/8), drawn image by image, on the CPU and in float32, so that
-    it depends on neither batch nor device. Raises ValueError for a size that doesn't fit.
+def image_size(sd: StableDiffusion, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Returns (width, height) in pixels. size: one side, both, or None, the model's own.
+
+    Raises UsageError for a size that the U-Net can't halve as often as it has to.
     """
-    factor, levels = sd.vae.config.factor, len(sd.unet.config.block_out_channels)
-    size = sd.unet.config.sample_size * factor if size is None else size
+    factor = sd.vae.config.factor
+    if size is None:
+        size = sd.unet.config.sample_size * factor
     width, height = (size, size) if isinstance(size, int) else size
-    unit = factor * 2 ** (levels - 1)  # 64 pixels for Stable Diffusion v1
-    if min(width, height) < unit or width % unit or height % unit or not 0 <= seed < 2**63:
-        raise ValueError(f"size is {width} x {height}, choose multiples of {unit}; seed is {seed}, "
-                         f"choose 0 to {2**63 - 1}")
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, sd.unet.config.in_channels, height // factor, width // factor)
-    return torch.cat([torch.randn(shape, generator=generator) for _ in range(num)])
+
+    unit = factor * 2 ** (len(sd.unet.config.block_out_channels) - 1)  # 64 for SD v1
+    if min(width, height) < unit or width % unit or height % unit:
+        raise UsageError(f"size is {width} x {height}, choose multiples of {unit}")
+    return width, height
+
+
+def check_steps_and_seeds(steps: int, seeds: list[int]) -> None:
+    """Raises UsageError for an invalid number of steps or seed."""
+    if not 1 <= steps < ddim.TRAIN_STEPS:
+        raise UsageError(f"steps is {steps}, choose 1 to {ddim.TRAIN_STEPS - 1}")
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"seed is {seed}, choose 0 to {2**63 - 1}")
+
+
+def starting_noise(shape: tuple[int, int, int], num: int, seed: int) -> Tensor:
+    """Returns (num, *shape), drawn image by image, on the CPU and in float32.
+
+    So an image's noise depends on neither batch nor device.
+    """
+    rng = Generator().manual_seed(seed)
+    return torch.cat([torch.randn((1, *shape), generator=rng) for _ in range(num)])
 
 
 @torch.no_grad()
-def generate(sd: StableDiffusion, prompts: list[str], num: int = 1, seed: int | list[int] = 0,
-             steps: int = 50, guidance: float = 7.5, size: int | tuple[int, int] | None = None,
-             negative: str = "", batch: int = 8, progress: bool = False,
-             guided: Callable = ddim.guided) -> list[Image.Image]:
-    """Returns `num` images of each prompt, prompt by prompt.
-    seed: one number, which gives every prompt the same `num` noises, or one for each prompt.
-    size: in pixels, one side or (width, height); None is the size the model was trained on.
-    negative: takes the empty prompt's place in the guidance. batch: images made at once.
-    guided: another kind of guidance, called once a batch as `ddim.guided` is.
+def generate(
+    sd: StableDiffusion,
+    prompts: list[str],
+    num: int = 1,
+    seed: int | list[int] = 0,
+    steps: int = 50,
+    guidance: float = 7.5,
+    size: int | tuple[int, int] | None = None,
+    negative: str = "",
+    batch: int = 8,
+    progress: bool = False,
+    predictor: Callable = ddim.guided_predictor,
+    denoise: Callable = ddim.denoise,
+) -> list[Image.Image]:
+    """Returns `num` images of each prompt, prompt by prompt. Raises UsageError.
+
+    seed: one number, which gives every prompt the same `num` noises, or one for each.
+    size: in pixels, one side or (width, height); None is what the model was trained on.
+    negative: takes the empty prompt's place in the guidance. batch: images made at
+    once.
+    predictor, denoise: another guidance, another sampler, called as those of ddim.py
+    are; the sampler's rng is seeded with the first seed, so its own noise depends on
+    the batch.
     """
-    if num < 1 or batch < 1:
-        raise ValueError(f"num is {num}, batch {batch}: choose 1 or more")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
-    noise = torch.cat([starting_noise(sd, num, s, size) for s in seeds])  # (P*num, 4, H, W)
-    text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P*num, 77, 768)
-    null, images = sd.encode([negative]), []
-    with tqdm(total=len(noise) * steps, unit="step", delay=1, disable=not progress) as bar:
-        for x_t, c in zip(noise.to(sd.device).split(batch), text.split(batch), strict=True):
-            for t, x_t in ddim.denoise(guided(sd.unet, c, null.expand_as(c), guidance), x_t, steps):
-                bar.update(len(x_t) if t else 0)  # t = 0 is the image, not a step
-            images += sd.decode(x_t, f"the batch from {prompts[len(images) // num]!r} on")
+    check_steps_and_seeds(steps, seeds)
+    if num < 1 or batch < 1 or not prompts:
+        raise UsageError(
+            f"num is {num}, batch {batch}, {len(prompts)} prompts: choose 1 or more"
+        )
+    if len(seeds) != len(prompts):
+        raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+
+    width, height = image_size(sd, size)
+    factor = sd.vae.config.factor
+    shape = (sd.unet.config.in_channels, height // factor, width // factor)
+    noise = torch.cat([starting_noise(shape, num, each) for each in seeds])
+    text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P * num, 77, 768)
+    null = sd.encode([negative])  # (1, 77, 768)
+    rng = Generator().manual_seed(seeds[0])
+
+    images = []
+    bar = tqdm(total=len(noise) * steps, unit="step", delay=1, disable=not progress)
+    for x_T, c in zip(noise.split(batch), text.split(batch)):
+        predict = predictor(sd.unet, c, null.expand_as(c), guidance)
+        for t, x_t in denoise(predict, x_T.to(sd.device), steps, rng):
+            if t > 0:  # 0 is the image, not a step
+                bar.update(len(x_t))
+        first = prompts[len(images) // num]
+        images += sd.decode(x_t, f"the batch from {first!r} on")
+    bar.close()
     return images
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns what a viewer shows: turned as EXIF says, on white, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image) / 257
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
 def contact_sheet(rows: list[tuple], least: int = 96) -> Image.Image:
-    """Draws rows of (label, images) or (labels, images), each image `least` pixels wide or more."""
-    width, most = rows[0][1][0].width, max(len(images) for _, images in rows)
-    side, line, gap = width * max(1, -(-least // width)), 22, 4
-    sheet = Image.new("RGB", (most * (side + gap) + gap, len(rows) * (side + line + gap)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    """Draws rows of (label, images), or (labels, images) with one for each image.
+
+    Small images are enlarged by a whole number, to `least` pixels or more.
+    """
+    line, gap = 22, 4  # pixels: of a line of text, between images
+    width = rows[0][1][0].width
+    side = width * max(1, math.ceil(least / width))
+    columns = max(len(images) for _, images in rows)
+    sheet_size = (gap + columns * (side + gap), len(rows) * (line + side + gap))
+
+    sheet = Image.new("RGB", sheet_size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
     for i, (labels, images) in enumerate(rows):
-        top = i * (side + line + gap)
-        for j, label in enumerate([labels] if isinstance(labels, str) else labels):
-            draw.text((gap + j * (side + gap), top + 3), label, fill="black", font=font)
+        top = i * (line + side + gap)
+        labels = [labels] if isinstance(labels, str) else labels
+        for j, label in enumerate(labels):
+            left = gap + j * (side + gap)
+            draw.text((left, top + 3), label, fill="black", font=font)
         for j, image in enumerate(images):
-            sheet.paste(ImageOps.pad(image, (side, side)), (gap + j * (side + gap), top + line))
+            left = gap + j * (side + gap)
+            sheet.paste(ImageOps.pad(image, (side, side)), (left, top + line))
     return sheet
 
 
-class Inert:
-    """Stands in for what torch doesn't allow in a pickle; no published code is ever run."""
-    __init__ = __setstate__ = lambda self, *args: None
+# ---- loading a folder in diffusers' layout, or a hub repository
 
 
-INERT = [(Inert, name) for name in (  # found in published checkpoints
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
+class Part(NamedTuple):
+    """How one part of a model's folder is read."""
+
+    model: type
+    config_from_json: Callable
+    rename: Callable | None  # from older spellings of its tensors' names
+    files: list[str]  # its weights, the most precise first
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a pickle (.ckpt, .bin, .pt), or of its `state_dict`,
-    memory-mapped. torch's restricted unpickler refuses whatever could run. Raises ValueError.
-    """
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(9)
-        if head == b"version h":
-            raise ValueError("it is a git-lfs pointer, run `git lfs pull`")
-        if head[8:] == b"{":  # safetensors: a length, then JSON
-            with safe_open(file, "pt") as opened:
-                ddim.check_schedule(opened.metadata() or {})
-                return {name: opened.get_tensor(name) for name in opened.keys()}
-        with torch.serialization.safe_globals(INERT):
-            found = torch.load(file, "cpu", weights_only=True, mmap=head[:2] == b"PK")  # a zip
-        return {f"{name}.{key}".rstrip("."): tensor  # of a module, or the tensor itself
-                for name, value in found.get("state_dict", found).items()
-                for key, tensor in (value.items() if isinstance(value, dict) else [("", value)])
-                if isinstance(tensor, Tensor)}
-    except Exception as error:  # a damaged file can raise anything
-        asked = re.search(r"GLOBAL \S+", str(error))  # by the restricted unpickler
-        why = f"{asked[0]}, look for a .safetensors of it" if asked else one_line(error)
-        raise ValueError(f"{file} can't be used; nothing in it ran: {why}") from error
-
-
-def read_json(file: Path) -> dict:
-    """Raises ValueError where a file holds no JSON object."""
-    try:
-        return {**json.loads(file.read_text())}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} holds no settings, download it again: {error}") from error
-
-
-# prefix: of a part's names in CompVis's files; files: its weights in a folder, the first found
-Part = namedtuple("Part", "module model config prefix files")
-ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
-DIFFUSERS = ["diffusion_pytorch_model" + ending for ending in ENDINGS]
-TRANSFORMERS = [("pytorch_" if "bin" in ending else "") + "model" + ending for ending in ENDINGS]
+DIFFUSERS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"]
+TRANSFORMERS = ["model.safetensors", "model.fp16.safetensors"]
 PARTS = {
-    "unet": Part(unet, unet.UNet, unet.UNetConfig, "model.diffusion_model.", DIFFUSERS),
-    "vae": Part(vae, vae.VAE, vae.VAEConfig, "first_stage_model.", DIFFUSERS),
-    "text_encoder": Part(clip_text, clip_text.TextEncoder, clip_text.TextConfig,
-                         "cond_stage_model.transformer.", TRANSFORMERS),
+    "unet": Part(unet.UNet, unet.config_from_json, None, DIFFUSERS),
+    "vae": Part(vae.VAE, vae.config_from_json, vae.rename, DIFFUSERS),
+    "text_encoder": Part(
+        clip_text.TextEncoder, clip_text.config_from_json, clip_text.rename, TRANSFORMERS
+    ),
+}
+SCHEDULE = {  # what a model's settings say under each of these keys, if they have it
+    "num_train_timesteps": ddim.TRAIN_STEPS,
+    "beta_schedule": "scaled_linear",
+    "beta_start": ddim.BETA_START,
+    "beta_end": ddim.BETA_END,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
 }
 
 
-def read_model(path: Path, ema: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Each part's config, and all tensors as `unet.NAME`, of a folder in diffusers' layout or a
-    single file in CompVis's. ema: of a file's two U-Nets, the averaged one.
-    """
-    schedule, yaml = path / "scheduler/scheduler_config.json", path.with_suffix(".yaml")
-    said, configs, tensors = read_json(schedule) if schedule.is_file() else {}, {}, {}
-    single = read_tensors(path) if ema or path.is_file() else {}  # a folder has no second U-Net
-    said |= re.findall(r"(parameterization)\W+(\w+)", yaml.read_text() if yaml.is_file() else "")
-    ddim.check_schedule(said)
+def check_schedule(settings: dict) -> None:
+    """Raises UsageError where a model's settings name a different schedule."""
+    for key, value in SCHEDULE.items():
+        if settings.get(key, value) != value:
+            raise UsageError(
+                f"this isn't Stable Diffusion v1's schedule: {key} is {settings[key]}, not {value}"
+            )
+
+
+def check_sizes(config: Any, source: Path) -> None:
+    """Raises UsageError where a config that was read from a file has no sensible size."""
+    for name, size in vars(config).items():
+        largest = 100 if "layers" in name else 100_000  # else building it would never end
+        has_type = type(size) is type(getattr(type(config), name))  # of the default
+        if not has_type or not 0 <= np.max(size) <= largest:
+            raise UsageError(f"{source} has {name} = {size}")
+
+
+def read_json(file: Path) -> dict:
+    """Raises UsageError where a file holds no JSON object."""
+    try:
+        return {**json.loads(file.read_text())}
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{file} holds no settings, download it again: {error}") from error
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns a safetensors file's tensors, memory-mapped, and its metadata."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            return tensors, opened.metadata() or {}
+    except SafetensorError as error:
+        raise UsageError(f"{file} is incomplete, or not safetensors: {error}") from error
+
+
+def read_configs(folder: Path) -> dict[str, Any]:
+    """Returns the config of each part. Raises UsageError unless they are of SD v1's kind."""
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    if schedule.is_file():
+        check_schedule(read_json(schedule))
+
+    configs = {}
     for name, part in PARTS.items():
-        if single:
-            configs[name] = part.config()
-            own = {key.removeprefix(part.prefix): single.pop(key) for key in [*single]
-                   if key.startswith(part.prefix)}
-            if ema and name == "unet":  # the EMA's names have no dots, and no "model."
-                own = {key: single.pop("model_ema.diffusion_model" + key.replace(".", ""))
-                       for key in own}
-        else:
-            configs[name] = part.module.config_from_json(read_json(path / name / "config.json"))
-            files = [path / name / file for file in part.files]
-            own = read_tensors(next((file for file in files if file.is_file()), files[0]))
-        for field, size in vars(configs[name]).items():
-            most = 100 if "layers" in field else 100_000
-            if type(size) is not type(getattr(part.config, field)) or not 0 <= np.max(size) <= most:
-                raise ValueError(f"{path / name} has {field} = {size}")
-        for key, tensor in part.module.rename(own, configs[name]).items():
-            tensors[f"{name}.{key}"] = tensor
-    return configs, tensors | {key: single[key] for key in single if "." in key}  # not the schedule
+        file = folder / name / "config.json"
+        configs[name] = part.config_from_json(read_json(file))
+        check_sizes(configs[name], source=file)
+    return configs
 
 
-def fit(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> list[str]:
-    """Gives a model its tensors; returns those left over. Raises ValueError if one is missing."""
-    shapes = {name: [*tensor.shape] for name, tensor in tensors.items()}
-    wrong = [f"{name}: {shapes.get(name, 'missing')}, expected {[*tensor.shape]}"
-             for name, tensor in model.state_dict().items() if shapes.get(name) != [*tensor.shape]]
+def read_weights(folder: Path, configs: dict[str, Any], source: str | Path) -> dict[str, Tensor]:
+    """Returns the tensors of all parts, named `unet.conv_in.weight` and so on.
+
+    source: the name under which the user knows the folder, for the error.
+    """
+    tensors = {}
+    for name, part in PARTS.items():
+        files = [folder / name / file for file in part.files]
+        found = [file for file in files if file.is_file()]
+        if not found:
+            raise UsageError(f"{files[0]} is missing; {convert_hint(source)}")
+
+        weights, _ = read_tensors(found[0])
+        if part.rename:
+            weights = part.rename(weights, configs[name])
+        tensors |= {f"{name}.{key}": tensor for key, tensor in weights.items()}
+    return tensors
+
+
+def assign_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> list[str]:
+    """Gives a model its tensors, uncopied and frozen; returns the names of those left over.
+
+    Raises UsageError if one is missing or has another shape.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    wrong = []
+    for name, tensor in model.state_dict().items():
+        expected = list(tensor.shape)
+        if shapes.get(name) != expected:
+            wrong.append(f"{name}: {shapes.get(name, 'missing')}, expected {expected}")
     if wrong:
-        raise ValueError(f"{path} doesn't fit Stable Diffusion v1, {len(wrong)} tensors differ: "
-                         f"{', '.join(wrong[:3])}; it has {', '.join([*tensors][:3])}")
-    _, extra = model.requires_grad_(False).load_state_dict(tensors, strict=False, assign=True)
-    return extra
+        raise UsageError(
+            f"{source} doesn't fit Stable Diffusion v1, {len(wrong)} tensors differ: "
+            f"{', '.join(wrong[:3])}; it has {', '.join([*tensors][:3])}"
+        )
+
+    model.requires_grad_(False)
+    _, leftover = model.load_state_dict(tensors, strict=False, assign=True)
+    return leftover
 
 
 def download(name: str) -> Path:
-    """A hub repository's folder in the hub's own cache, also offline; weights in one form only."""
+    """Returns a hub repository's folder in the hub's own cache, which works offline, too.
+
+    The configs come first and are checked, then one file of weights for each part.
+    """
     wanted = ["scheduler/*", "tokenizer/*", *(f"{part}/config.json" for part in PARTS)]
-    for i in range(len(ENDINGS) + 1):
+    folder = Path(snapshot_download(name, allow_patterns=wanted))
+    read_configs(folder)
+
+    for choice in range(len(DIFFUSERS)):
+        for part, described in PARTS.items():
+            if not any((folder / part / file).exists() for file in described.files):
+                wanted.append(f"{part}/{described.files[choice]}")
         folder = Path(snapshot_download(name, allow_patterns=wanted))
-        wanted += [f"{key}/{next_}" for key, part in PARTS.items() for next_ in part.files[i:i + 1]
-                   if not any((folder / key / file).exists() for file in part.files)]
     return folder
 
 
-def load(model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto",
-         tokenizer: str | Path | None = None, ema: bool = False) -> StableDiffusion:
-    """Loads Stable Diffusion v1 from a folder in diffusers' layout, a CompVis file, or the hub.
-    dtype: auto is float32 on the CPU, elsewhere bfloat16, or float16 where that is emulated.
-    tokenizer: None is the checkpoint's own. ema: of two U-Nets, the averaged. Raises ValueError.
-    """
+def load_tokenizer(folder: Path) -> Callable:
+    """Returns the tokenizer of a model's folder."""
     from transformers import CLIPTokenizer  # here, so that --help doesn't wait a second for it
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except Exception as error:
+        raise UsageError(f"no tokenizer in {folder / 'tokenizer'}: {error}") from error
+
+
+def check_parts(sd: StableDiffusion) -> None:
+    """Raises UsageError unless the parts are of one model."""
+    text_config = sd.text_encoder.config
+    pairs = [
+        (len(sd.tokenizer), text_config.vocab_size),
+        (text_config.hidden_size, sd.unet.config.cross_attention_dim),
+        (sd.vae.config.latent_channels, sd.unet.config.in_channels),
+    ]
+    if any(a != b for a, b in pairs):
+        raise UsageError(f"its parts aren't of one model: of these sizes, two differ: {pairs}")
+
+
+def convert_hint(source: str | Path, out: str = "", *flags: str) -> str:
+    """Returns what to type where weights are in another form than the one that is read here."""
+    out = out or f"{Path(source).stem}-converted"
+    words = ["python", "-m", "notebooks.tools.convert", str(source), *flags, "--out", out]
+    return f"convert it: {shlex.join(words)}"
+
+
+def choose_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """Replaces "auto": the accelerator, if there is one; half precision on it, if it has that."""
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if dtype == "auto":
-        emulated = "cuda" in device and not torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "float32" if device == "cpu" else "float16" if emulated else "bfloat16"
+        dtype = "float32" if device == "cpu" else "bfloat16"
+        if "cuda" in device and not torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = "float16"
+    return device, getattr(torch, dtype)
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto"
+) -> StableDiffusion:
+    """Loads Stable Diffusion v1 from a folder in diffusers' layout, or from the hub.
+
+    dtype: auto is float32 on the CPU, elsewhere bfloat16, or float16 where that is
+    emulated.
+    Raises UsageError; for other published forms, it ends with the command that converts
+    them.
+    """
     try:
-        path = Path(model).absolute() if Path(model).exists() else download(str(model))
-        configs, tensors = read_model(path, ema)
+        if Path(model).is_file():
+            raise UsageError(f"it is a file, not a folder; {convert_hint(model)}")
+        folder = Path(model).absolute() if Path(model).exists() else download(str(model))
+        configs = read_configs(folder)
         with torch.device("meta"):  # takes no memory
             parts = nn.ModuleDict({name: PARTS[name].model(configs[name]) for name in PARTS})
-        extra = fit(parts, tensors, path)
-        parts.to(device, getattr(torch, dtype))
-        near = path / "tokenizer", path.parent / "tokenizer", path.parent / "vocab.json"
-        words = str(tokenizer or next((place for place in near if place.exists()), CLIP))
-        try:
-            sd = StableDiffusion(*parts.values(),
-                                 CLIPTokenizer.from_pretrained(words.removesuffix("vocab.json")))
-        except Exception as error:
-            raise ValueError(f"no tokenizer in {words}, see --tokenizer: {error}") from error
-        text = sd.text_encoder.config
-        if (len(sd.tokenizer), text.hidden_size, sd.vae.config.latent_channels) != (
-                text.vocab_size, sd.unet.config.cross_attention_dim, sd.unet.config.in_channels):
-            raise ValueError(f"its parts and --tokenizer {words} aren't of one model")
+
+        leftover = assign_tensors(parts, read_weights(folder, configs, model), folder)
+        parts.to(*choose_device(device, dtype))
+        sd = StableDiffusion(*parts.values(), load_tokenizer(folder))
+        check_parts(sd)
     except Exception as error:  # damaged files and missing devices can raise anything
-        raise ValueError(f"can't load {model}: {one_line(error)}") from error
-    if extra:
-        print(f"{path}: left out {len(extra)} tensors: {', '.join(extra[:3])}", file=sys.stderr)
+        raise UsageError(f"can't load {model}: {one_line(error)}") from error
+
+    if leftover:
+        names = ", ".join(leftover[:3])
+        print(f"{folder}: left out {len(leftover)} tensors: {names}", file=sys.stderr)
     return sd
 
 
-def with_tuned(sd: StableDiffusion, tuned: dict, path: str = "theta") -> StableDiffusion:
-    """The model with some of the U-Net's tensors replaced, sharing the rest. Raises ValueError."""
-    tuned = {name: tensor.detach().to(sd.device, sd.dtype) for name, tensor in tuned.items()}
+# ---- erased weights
+
+
+def unet_tensors(sd: StableDiffusion) -> dict[str, Tensor]:
+    """Returns the U-Net's tensors by their published names, also of a compiled U-Net."""
+    tensors = sd.unet.state_dict()
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
+
+
+def with_weights(
+    sd: StableDiffusion, weights: dict[str, Tensor], source: str | Path = "theta"
+) -> StableDiffusion:
+    """Returns a model with copies of some U-Net weights in place; it shares the others.
+
+    Raises UsageError if the U-Net has no tensor of such a name or shape.
+    """
+    current = unet_tensors(sd)
+    unknown = [name for name in weights if name not in current]
+    if unknown or not weights:
+        raise UsageError(f"{source} has {len(weights)} tensors, not the U-Net's: {unknown[:3]}")
+
+    copies = {}
+    for name, tensor in weights.items():
+        copies[name] = tensor.detach().to(sd.device, sd.dtype, copy=True)
     with torch.device("meta"):
         edited = unet.UNet(sd.unet.config)
-    extra = fit(edited, sd.unet.state_dict() | tuned, path)
-    if extra or not tuned:
-        raise ValueError(f"{path} has {len(tuned)} tensors, not the U-Net's: {extra[:3]}")
-    return replace(sd, unet=edited)
+    assign_tensors(edited, current | copies, source)
+    return replace(sd, unet=edited, edited=sd.edited.union(weights))
+
+
+def fingerprint(sd: StableDiffusion, without: Iterable[str] = ()) -> list[float]:
+    """Returns the first number of each of the U-Net's tensors but some, in order of their names.
+
+    It tells models apart, and loading one in half precision hardly changes it.
+    """
+    tensors = unet_tensors(sd)
+    firsts = [tensors[name].flatten()[0].float() for name in sorted({*tensors} - {*without})]
+    return torch.stack(firsts).tolist() if firsts else []
 
 
 def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
-    """The model with a file's erased weights, in any published form. Raises ValueError."""
-    tensors, prefix = read_tensors(Path(path)), PARTS["unet"].prefix
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)} or tensors
-    bare = {name.removeprefix(prefix).removeprefix("unet."): own[name] for name in own}
-    return with_tuned(sd, unet.rename(bare, sd.unet.config), str(path))
+    """Returns the model with the weights of a file that erase.py wrote, or the official code.
+
+    Says so in a line if the file was made from another model. Raises UsageError; for
+    other published forms, it ends with the command that converts them.
+    """
+    try:
+        weights, metadata = read_tensors(Path(path))
+        erased = with_weights(sd, weights, source=path)
+    except UsageError as error:
+        out = f"{Path(path).stem}-converted.safetensors"
+        raise UsageError(f"{error}; {convert_hint(path, out, '--erased')}") from error
+
+    settings = json.loads(metadata.get("settings", "{}"))
+    if "base" in settings:
+        base = settings["base"]
+        ours = fingerprint(sd, without=weights.keys())
+        others = [not math.isclose(a, b, rel_tol=0.01, abs_tol=1e-4) for a, b in zip(base, ours)]
+        if any(others) or len(base) != len(ours):
+            print(f"{path} was made from another model than this one", file=sys.stderr)
+    return erased
+
+
+# ---- files
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -321,35 +526,36 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 def save_png(image: Image.Image, path: Path, settings: dict, **texts: str) -> None:
     """Writes a PNG whose text chunks say how it was made: `settings` in JSON, and more `texts`."""
     info = PngImagePlugin.PngInfo()
-    for key, text in {"settings": json.dumps(settings, default=str), **texts}.items():
+    info.add_itxt("settings", json.dumps(settings, default=str))
+    for key, text in texts.items():
         info.add_itxt(key, text)
     write_whole(path, lambda part: image.save(part, format="PNG", pnginfo=info))
 
 
 def check_out(path: Path, suffix: str, new: bool = False) -> None:
     """Makes a file's folder. With new, neither the file nor the .png next to it may exist."""
-    taken = [file for file in (path, path.with_suffix(".png")) if new and file.exists()]
-    if path.suffix != suffix or path.is_dir() or taken:
-        raise ValueError(f"{[*taken, path][0]} can't be written: choose a new {suffix} name")
+    if path.suffix != suffix or path.is_dir():
+        raise UsageError(f"{path} isn't the name of a {suffix} file: choose another --out")
+    for file in (path, path.with_suffix(".png")):
+        if new and file.exists():
+            raise UsageError(f"{file} exists; delete it or choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
+# ---- the command line
+
+
 def one_line(error: Exception) -> str:
-    """What an error says, in one short line."""
-    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return " ".join(f"{name}{error}".split())[:290]
+    """Returns what an error says in one line of at most 400 characters, cut in the middle."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    text = " ".join(f"{kind}{error}".split())
+    return text if len(text) <= 400 else f"{text[:195]} ... {text[-200:]}"
 
 
-def run(args: argparse.Namespace) -> None:
-    """Does what the command line asks for."""
-    check_out(args.out, ".png")
-    sd = load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
-    sd = load_erased(sd, args.erased) if args.erased else sd
-    images = generate(sd, args.prompts, args.num, args.seed, args.steps, args.guidance, args.size,
-                      args.negative, args.batch, progress=True)
-    rows = [(prompt, images[i * args.num:][:args.num]) for i, prompt in enumerate(args.prompts)]
-    save_png(contact_sheet(rows), args.out, vars(args))
-    print(args.out)
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether this is one of the ways in which Python and torch say so."""
+    texts = ("out of memory", "allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def fail_in_one_line(run: Callable, flags: argparse.ArgumentParser) -> None:
@@ -357,7 +563,9 @@ def fail_in_one_line(run: Callable, flags: argparse.ArgumentParser) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-done stays
     try:
         run(flags.parse_intermixed_args())
-    except (ValueError, OSError, RuntimeError) as error:  # torch's for memory, and for a full disk
+    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not ran_out_of_memory(error):
+            raise  # a mistake in somebody's code
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -366,15 +574,16 @@ def fail_in_one_line(run: Callable, flags: argparse.ArgumentParser) -> None:
 
 
 def parser(description: str, what: str, help: str) -> argparse.ArgumentParser:
-    """The flags that sample.py and erase.py share. @FILE: more flags, from a file."""
-    parser = argparse.ArgumentParser(description=description, fromfile_prefix_chars="@",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Returns the flags that sample.py and erase.py share. @FILE: more flags, from a file."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.convert_arg_line_to_args = shlex.split
     add = parser.add_argument
     add(f"{what.lower()}s", nargs="+", metavar=what, help=help)
-    add("--model", default=DEFAULT_MODEL, help="a diffusers folder, a CompVis file, or a hub name")
-    add("--tokenizer", help=f"a folder or a hub name; if not given, the model's, or {CLIP}")
-    add("--ema", action="store_true", help="of a file with two U-Nets, take the averaged one")
+    add("--model", default=DEFAULT_MODEL, help="a folder in diffusers' layout, or a hub name")
     add("--seed", type=int, default=0, help="of all random numbers")
     add("--steps", type=int, default=50, help="DDIM steps")
     add("--device", default="auto", help="cpu, cuda, mps, ...")
@@ -382,11 +591,37 @@ def parser(description: str, what: str, help: str) -> argparse.ArgumentParser:
     return parser
 
 
+def run(args: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    check_out(args.out, ".png")
+    sd = load(args.model, args.device, args.dtype)
+    if args.erased:
+        sd = load_erased(sd, args.erased)
+
+    images = generate(
+        sd,
+        args.prompts,
+        num=args.num,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        size=args.size,
+        negative=args.negative,
+        batch=args.batch,
+        progress=True,
+    )
+    rows = []
+    for i, prompt in enumerate(args.prompts):
+        rows.append((prompt, images[i * args.num : (i + 1) * args.num]))
+    save_png(contact_sheet(rows), args.out, vars(args))
+    print(args.out)
+
+
 def main() -> None:
     """Reads the command line."""
     flags = parser("Images from prompts.", "PROMPT", "one row of images for each")
     add = flags.add_argument
-    add("--erased", type=Path, help="weights that erase.py wrote, or any published ones")
+    add("--erased", type=Path, help="weights that erase.py wrote")
     add("--num", type=int, default=1, help="images of each prompt")
     add("--guidance", type=float, default=7.5, help="guidance scale")
     add("--negative", default="", help="prompt to steer away from")

@@ -2,16 +2,16 @@
 
     eps = UNet(UNetConfig())(x_t, t, text)    # (B, 4, 64, 64), (B,), (B, 77, 768) -> (B, 4, 64, 64)
 
-Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022,
-https://arxiv.org/abs/2112.10752 (section 3.3 and figure 3). Attribute names are those of the
-published checkpoints in diffusers' layout, so that a published file loads without a converter.
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
+CVPR 2022, https://arxiv.org/abs/2112.10752 (section 3.3 and figure 3). Attribute names
+are those of the published checkpoints in diffusers' layout, so that they load as they are.
 
-Shapes: B batch, C channels, H W feature map, N tokens (H*W of the image or 77 of the text),
-D width of a token, h heads. emb is the time embedding, (B, 4 * C of the first level).
+Shapes: B batch, C channels, H W feature map, N tokens (H*W of the image or 77 of the
+text), D width of a token, h heads. emb is the time embedding, (B, 4 * C of the first
+level).
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,9 @@ class Attention(nn.Module):
         def split(tokens):  # (B, N, D) -> (B, h, N, D/h)
             return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
+        q = split(self.to_q(x))
+        k = split(self.to_k(context))
+        v = split(self.to_v(context))
         out = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, D/h)
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, N, D)
 
@@ -152,7 +154,9 @@ class SpatialTransformer(nn.Module):
         H, W = x.shape[2:]
         h = self.proj_in(self.norm(x))
         h = h.flatten(2).transpose(1, 2)  # (B, H*W, C)
+
         h = self.transformer_blocks[0](h, text)
+
         h = h.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
         return x + self.proj_out(h)
 
@@ -183,12 +187,18 @@ class Level(nn.Module):
     """The resnets of one level, each followed by a transformer if the level has attention."""
 
     def __init__(self, inputs: list[int], c_out: int, attention: bool, config: UNetConfig):
+        """inputs: the input channels of each resnet."""
         super().__init__()
-        emb_dim, groups = 4 * config.block_out_channels[0], config.norm_num_groups
-        self.resnets = nn.ModuleList(ResnetBlock(c, c_out, emb_dim, groups) for c in inputs)
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(c_out, config.cross_attention_dim, config.heads, groups)
-            for _ in inputs if attention)
+        emb_dim = 4 * config.block_out_channels[0]
+        groups = config.norm_num_groups
+
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, emb_dim, groups) for c_in in inputs)
+        self.attentions = nn.ModuleList()
+        if attention:
+            for _ in inputs:
+                self.attentions.append(
+                    SpatialTransformer(c_out, config.cross_attention_dim, config.heads, groups)
+                )
 
     def layer(self, i: int, x: Tensor, emb: Tensor, text: Tensor) -> Tensor:
         x = self.resnets[i](x, emb)
@@ -207,9 +217,11 @@ class DownBlock(Level):
         for i in range(len(self.resnets)):
             x = self.layer(i, x, emb, text)
             skips.append(x)
+
         for down in self.downsamplers:
-            x = down(x)
+            x = down(x)  # (B, C, H/2, W/2)
             skips.append(x)
+
         return skips
 
 
@@ -224,8 +236,10 @@ class UpBlock(Level):
         for i, skip in enumerate(skips):
             x = torch.cat([x, skip], dim=1)  # (B, C_x + C_skip, H, W)
             x = self.layer(i, x, emb, text)
+
         for up in self.upsamplers:
-            x = up(x)
+            x = up(x)  # (B, C, 2H, 2W)
+
         return x
 
 
@@ -234,11 +248,15 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        emb_dim, groups = 4 * config.block_out_channels[0], config.norm_num_groups
+        emb_dim = 4 * config.block_out_channels[0]
+        groups = config.norm_num_groups
+
         self.attentions = nn.ModuleList(
-            [SpatialTransformer(channels, config.cross_attention_dim, config.heads, groups)])
+            [SpatialTransformer(channels, config.cross_attention_dim, config.heads, groups)]
+        )
         self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, emb_dim, groups) for _ in range(2))
+            [ResnetBlock(channels, channels, emb_dim, groups) for _ in range(2)]
+        )
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> Tensor:
         x = self.resnets[0](x, emb)
@@ -252,26 +270,41 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
-        widths, n = config.block_out_channels, config.layers_per_block
+        widths = config.block_out_channels
         last = len(widths) - 1
+        layers = config.layers_per_block
+
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
-
-        # The input channels of each resnet. skips is pushed and popped as in forward.
-        skips, down, up = [widths[0]], [], []
-        for i, c in enumerate(widths):
-            down.append([skips[-1]] + [c] * (n - 1))
-            skips += [c] * (n if i == last else n + 1)  # the last level has no downsampler
-        x = skips[-1]
-        for c in reversed(widths):
-            up.insert(0, [width + skips.pop() for width in [x] + [c] * n])
-            x = c
-
         self.mid_block = MidBlock(widths[-1], config)
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        for i, c in enumerate(widths):
-            self.down_blocks.append(DownBlock(down[i], c, config.attention[i], config, i == last))
-            self.up_blocks.insert(0, UpBlock(up[i], c, config.attention[i], config, i == 0))
+
+        # Down: every output is a skip, conv_in's first. In Stable Diffusion v1 they have
+        # 320, 320 320 320, 640 640 640, 1280 1280 1280, 1280 1280 channels.
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]
+        for level, width in enumerate(widths):
+            inputs = [skips[-1]] + [width] * (layers - 1)
+            self.down_blocks.append(
+                DownBlock(inputs, width, config.attention[level], config, last=level == last)
+            )
+            skips += [width] * len(inputs)
+            if level < last:
+                skips.append(width)  # the downsampler's
+
+        # Up: the input of a resnet is the output before it and the latest skip. Together they have
+        # 2560 2560 2560, 2560 2560 1920, 1920 1280 960, 960 640 640 channels.
+        self.up_blocks = nn.ModuleList()
+        before = widths[-1]
+        for level in reversed(range(len(widths))):
+            width = widths[level]
+            inputs = []
+            for _ in range(layers + 1):
+                inputs.append(before + skips.pop())  # the latest first, as in forward
+                before = width
+            self.up_blocks.append(
+                UpBlock(inputs, width, config.attention[level], config, last=level == 0)
+            )
+
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
@@ -283,56 +316,30 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))  # (B,)
         t_emb = timestep_embedding(t, self.config.block_out_channels[0]).to(dtype)
-        emb = self.time_embedding(t_emb)
+        emb = self.time_embedding(t_emb)  # (B, 1280)
 
-        skips = [self.conv_in(x_t.to(dtype))]
+        skips = [self.conv_in(x_t.to(dtype))]  # (B, 320, 64, 64)
         for block in self.down_blocks:
-            skips += block(skips[-1], emb, text)
-        x = self.mid_block(skips[-1], emb, text)
+            skips += block(skips[-1], emb, text)  # a block's input is the output before it
+
+        x = self.mid_block(skips[-1], emb, text)  # (B, 1280, 8, 8)
+
         for block in self.up_blocks:
-            x = block(x, emb, text, [skips.pop() for _ in block.resnets])
+            own_skips = [skips.pop() for _ in block.resnets]
+            x = block(x, emb, text, own_skips)  # (B, 320, 64, 64) after the last
+
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)
 
 
 def config_from_json(config: dict) -> UNetConfig:
     """Returns the config that a published `unet/config.json` describes."""
     return UNetConfig(
+        in_channels=config["in_channels"],
         block_out_channels=tuple(config["block_out_channels"]),
         attention=tuple(name == "CrossAttnDownBlock2D" for name in config["down_block_types"]),
+        layers_per_block=config["layers_per_block"],
+        cross_attention_dim=config["cross_attention_dim"],
         heads=config.get("attention_head_dim", 8),  # despite its name, it counts heads
-        **{name: config[name] for name in ("in_channels", "layers_per_block", "sample_size",
-                                           "cross_attention_dim", "norm_num_groups")})
-
-
-# CompVis's names -> ours. CompVis numbers layers across levels: N is layer P of level L.
-COMPVIS = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-    "input_blocks.N.0.op": "down_blocks.L.downsamplers.0.conv",
-    "input_blocks.N.0": "down_blocks.L.resnets.P", "input_blocks.N.1": "down_blocks.L.attentions.P",
-    "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
-    "middle_block.2": "mid_block.resnets.1",
-    "output_blocks.N.1.conv": "up_blocks.L.upsamplers.0.conv",  # in a level without attention
-    "output_blocks.N.2.conv": "up_blocks.L.upsamplers.0.conv",
-    "output_blocks.N.0": "up_blocks.L.resnets.P", "output_blocks.N.1": "up_blocks.L.attentions.P",
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}
-
-
-def rename(weights: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Renames published tensors, in diffusers' or CompVis's format, to this file's names."""
-    per_level = config.layers_per_block + 1  # counts the downsampler, or an up block's extra resnet
-    patterns = {r"(?<![^.])" + re.escape(theirs).replace("N", r"(\d+)") + r"(?=\.)": new
-                for theirs, new in COMPVIS.items()}
-
-    def ours(name: str) -> str:
-        for pattern, new in patterns.items():
-            if found := re.search(pattern, name):
-                n = int(found[1]) if found.groups() else 0
-                n -= name.startswith("input_blocks")  # number 0 is conv_in
-                new = new.replace("L", str(n // per_level)).replace("P", str(n % per_level))
-                name = name[:found.start()] + new + name[found.end():]
-        return name
-
-    return {ours(name): tensor for name, tensor in weights.items()}
+        norm_num_groups=config["norm_num_groups"],
+        sample_size=config["sample_size"],
+    )

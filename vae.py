@@ -3,16 +3,14 @@
     mean, logvar = VAE(VAEConfig()).encode(image)      # (B, 3, 512, 512) -> two of (B, 4, 64, 64)
     image = VAE(VAEConfig()).decode(latents)           # (B, 4, 64, 64) -> (B, 3, 512, 512)
 
-Kingma and Welling, "Auto-Encoding Variational Bayes", https://arxiv.org/abs/1312.6114, in the form
-of Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752 (section 3.1). Images are in -1..1.
-The U-Net works on these latents times `scaling_factor`; sample.py does the scaling. Attribute names
-are those of the published checkpoints.
+Kingma and Welling, "Auto-Encoding Variational Bayes", https://arxiv.org/abs/1312.6114,
+in the form of Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752 (section
+3.1). Images are in -1..1. The U-Net works on these latents times `scaling_factor`;
+sample.py does the scaling. Attribute names are those of the published checkpoints.
 
 Shapes: B batch, C channels, H W feature map.
 """
 
-import itertools
-import re
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -67,8 +65,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[2:]
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
-        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+        q = self.to_q(tokens)[:, None]  # (B, 1, H*W, C): one head
+        k = self.to_k(tokens)[:, None]
+        v = self.to_v(tokens)[:, None]
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, C)
+
         out = self.to_out[0](out)
         return x + out.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
 
@@ -95,18 +97,36 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """The resnets of one level, then its down- or upsampler, which the last level doesn't have."""
+def level_resnets(c_in: int, c_out: int, layers: int, groups: int) -> nn.ModuleList:
+    """The resnets of one level, the first of which changes the number of channels."""
+    inputs = [c_in] + [c_out] * (layers - 1)
+    return nn.ModuleList(ResnetBlock(channels, c_out, groups) for channels in inputs)
 
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool, sampler: type):
+
+class DownBlock(nn.Module):
+    """One level of the encoder: resnets, then a downsampler, which the last level doesn't have."""
+
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
-        name = f"{sampler.__name__.lower()}rs"  # the published key: downsamplers or upsamplers
-        self.add_module(name, nn.ModuleList([] if last else [sampler(c_out)]))
+        self.resnets = level_resnets(c_in, c_out, layers, groups)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in itertools.chain(*self.children()):
+        for layer in [*self.resnets, *self.downsamplers]:
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """One level of the decoder: resnets, then an upsampler, which the last level doesn't have."""
+
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
+        super().__init__()
+        self.resnets = level_resnets(c_in, c_out, layers, groups)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.resnets, *self.upsamplers]:
             x = layer(x)
         return x
 
@@ -120,7 +140,9 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
 
 
 class Encoder(nn.Module):
@@ -128,12 +150,18 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
+        widths = config.block_out_channels
+        groups = config.norm_num_groups
         last = len(widths) - 1
+
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], c, config.layers_per_block, groups, i == last, Downsample)
-            for i, c in enumerate(widths))
+        self.down_blocks = nn.ModuleList()
+        c_in = widths[0]
+        for level, width in enumerate(widths):
+            self.down_blocks.append(
+                DownBlock(c_in, width, config.layers_per_block, groups, last=level == last)
+            )
+            c_in = width
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -151,19 +179,25 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups  # coarsest first
+        widths = config.block_out_channels[::-1]  # coarsest first
+        groups = config.norm_num_groups
         last = len(widths) - 1
+
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], c, config.layers_per_block + 1, groups,
-                  i == last, Upsample)
-            for i, c in enumerate(widths))
+        self.up_blocks = nn.ModuleList()
+        c_in = widths[0]
+        for level, width in enumerate(widths):
+            self.up_blocks.append(
+                UpBlock(c_in, width, config.layers_per_block + 1, groups, last=level == last)
+            )
+            c_in = width
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
+        x = self.conv_in(x)
+        x = self.mid_block(x)
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -175,11 +209,11 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
         self.config = config
-        z = config.latent_channels
+        channels = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
-        self.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, 8H, 8W) in -1..1 -> mean and log variance of q(z|x), (B, 4, H, W) each."""
@@ -194,35 +228,18 @@ class VAE(nn.Module):
 def config_from_json(config: dict) -> VAEConfig:
     """Returns the config that a published `vae/config.json` describes; old ones lack entries."""
     known = {name: config[name] for name in VAEConfig.__dataclass_fields__ if name in config}
-    return VAEConfig(**known | {"block_out_channels": tuple(config["block_out_channels"])})
+    known["block_out_channels"] = tuple(config["block_out_channels"])
+    return VAEConfig(**known)
 
 
-# Published names -> ours: CompVis's, and in the last line diffusers' until 2022. Order matters.
-PUBLISHED = {
-    "down": "down_blocks", "up": "up_blocks", "block": "resnets",
-    "downsample": "downsamplers.0", "upsample": "upsamplers.0",
-    "mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1",
-    "mid.attn_1": "mid_block.attentions.0", "attentions.0.norm": "attentions.0.group_norm",
-    "nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out",
-    "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
-    "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
-}
+OF_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def rename(weights: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """Renames published tensors, in diffusers' or CompVis's format, to this file's names.
-
-    CompVis's attention has 1x1 convolutions, (C, C, 1, 1), where ours has linear layers, (C, C).
-    """
-    coarsest = len(config.block_out_channels) - 1
-
-    def ours(name: str) -> str:
-        # CompVis numbers the decoder's levels from the finest, we from the coarsest
-        name = re.sub(r"(?<=\.up\.)\d+", lambda level: str(coarsest - int(level[0])), name)
-        for theirs, new in PUBLISHED.items():
-            name = name.replace(f".{theirs}.", f".{new}.")
-        return name
-
-    renamed = {ours(name): tensor for name, tensor in weights.items()}
-    return {name: tensor.flatten(1) if ".attentions.0.to_" in name and tensor.ndim == 4 else tensor
-            for name, tensor in renamed.items()}
+    """Renames the attention's tensors, which older files spell as diffusers did until 2022."""
+    renamed = {}
+    for name, tensor in weights.items():
+        for old, new in OF_2022.items():
+            name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
+        renamed[name] = tensor
+    return renamed

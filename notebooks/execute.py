@@ -34,50 +34,72 @@ def code_of(notebook: nbformat.NotebookNode) -> str:
 
 def missing_figures(notebook: nbformat.NotebookNode) -> list[str]:
     """Returns the first lines of the figure cells that show no image."""
-    return [cell.source.splitlines()[0] for cell in notebook.cells
-            if cell.cell_type == "code" and cell.source.startswith("# Figure")
-            and not any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    missing = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source.startswith("# Figure"):
+            if not any("image/png" in output.get("data", {}) for output in cell.outputs):
+                missing.append(cell.source.splitlines()[0])
+    return missing
 
 
-def keep(notebook: nbformat.NotebookNode, file: Path) -> None:
+def write_outputs(notebook: nbformat.NotebookNode, file: Path) -> None:
     """Writes the notebook with its outputs."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # timestamps, which change with every run
         if "says = checks." in cell.source:
             cell.outputs = []  # what a check says of the unsolved exercise may give a hint away
+
     notebook.metadata["code"] = code_of(notebook)
     nbformat.write(notebook, file)
 
 
 def execute(file: Path, write: bool) -> str:
     """Runs one notebook; returns what is wrong, or "" if nothing is."""
-    notebook, began = nbformat.read(file, as_version=4), time.perf_counter()
+    notebook = nbformat.read(file, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=LIMIT,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(FOLDER)}},
+    )
+
+    began = time.perf_counter()
     try:
-        NotebookClient(notebook, timeout=LIMIT, kernel_name="python3",
-                       resources={"metadata": {"path": str(FOLDER)}}).execute()
+        client.execute()
     except (CellExecutionError, CellTimeoutError) as error:
         return f"{file.name}: {error}"
     seconds = time.perf_counter() - began
-    if missing := missing_figures(notebook):
+
+    missing = missing_figures(notebook)
+    if missing:
         return f"{file.name}: no image in {missing}"
     if seconds > LIMIT:
         return f"{file.name}: took {seconds:.0f} s, the limit is {LIMIT} s"
+
     print(f"{file.name}: {seconds:.0f} s", flush=True)
     if write:
-        keep(notebook, file)
+        write_outputs(notebook, file)
     return ""
 
 
 def main() -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description="Runs the notebooks.")
     parser.add_argument("numbers", nargs="*", help="which notebooks to run; by default all")
     parser.add_argument("--write", action="store_true", help="store the outputs in the notebooks")
     args = parser.parse_args()
-    files = [file for file in sorted(FOLDER.glob("[0-9]_*.ipynb"))
-             if not args.numbers or file.name[0] in args.numbers]
-    wrong = [problem for problem in (execute(file, args.write) for file in files) if problem]
-    print("\n".join(wrong), file=sys.stderr)
-    sys.exit(bool(wrong) or not files)
+
+    files = sorted(FOLDER.glob("[0-9]_*.ipynb"))
+    if args.numbers:
+        files = [file for file in files if file.name[0] in args.numbers]
+
+    problems = []
+    for file in files:
+        problem = execute(file, args.write)
+        if problem:
+            problems.append(problem)
+    print("\n".join(problems), file=sys.stderr)
+    sys.exit(bool(problems) or not files)
 
 
 if __name__ == "__main__":

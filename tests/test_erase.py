@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import inspect
 import itertools
 import json
@@ -19,10 +20,18 @@ import ddim
 import erase
 import sample
 from notebooks.methods import esd_from
+from sample import UsageError
 from unet import UNet
 
-QUICK = {"iterations": 2, "steps": 4, "lr": 1e-3}
-EVERY_STEP = functools.partial(erase.own_ways, every_step=True)
+
+
+def drawn_by(data, steps=4, **settings):
+    """`data` with its number of steps bound, as the command line binds it."""
+    return functools.partial(data, steps=steps, **settings)
+
+
+EVERY_STEP = functools.partial(erase.x_t_from_model, every_step=True)
+QUICK = {"iterations": 2, "lr": 1e-3, "data": drawn_by(erase.x_t_from_model)}
 
 
 # Eq. 6
@@ -56,7 +65,7 @@ def test_the_loss_is_one_mean_square_per_sample():
     assert loss.tolist() == [9.0, 64.0]  # target = 1 - 2 * (3 - 1) = -3
 
 
-# Which weights: select and edit
+# Which weights: trainable_copies and with_theta
 
 @pytest.mark.parametrize("method, tensors, parameters", [  # the paper's code counts these on SD v1
     ("esd-x", 80, 43_962_560),
@@ -66,14 +75,14 @@ def test_the_loss_is_one_mean_square_per_sample():
 ])
 def test_counts_on_the_full_size_model(method, tensors, parameters):
     with torch.device("meta"):
-        theta = erase.select(UNet(), method)
+        theta = erase.trainable_copies(UNet(), method)
     assert len(theta) == tensors
     assert sum(part.numel() for part in theta.values()) == parameters
 
 
 def test_the_names_of_esd_x():
     with torch.device("meta"):
-        theta = erase.select(UNet(), "esd-x")
+        theta = erase.trainable_copies(UNet(), "esd-x")
     places = [f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)]
     places += ["mid_block.attentions.0"]
     places += [f"up_blocks.{i}.attentions.{j}" for i in range(1, 4) for j in range(3)]
@@ -84,7 +93,7 @@ def test_the_names_of_esd_x():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_theta_is_a_float32_copy(dtype, folder):
     unet = sample.load(folder, dtype=dtype).unet
-    theta = erase.select(unet, "esd-x")
+    theta = erase.trainable_copies(unet, "esd-x")
     assert len(theta) == 80
     for name, part in theta.items():
         own = unet.get_parameter(name)
@@ -94,7 +103,7 @@ def test_theta_is_a_float32_copy(dtype, folder):
 
 
 def test_a_selection_of_nothing_is_an_error(sd):
-    with pytest.raises(ValueError, match="empty parameter list"):
+    with pytest.raises(UsageError, match="selects no weight"):
         erase.erase(sd, ["star"], lambda name: "attn3" in name, iterations=0)
 
 
@@ -103,8 +112,8 @@ def test_a_selection_of_nothing_is_an_error(sd):
 def test_the_edited_model_has_thetas_newest_values(dtype, folder):
     sd = sample.load(folder, dtype=dtype)
     c, x_t = sd.encode(["star"]), torch.randn(1, 4, 8, 8, generator=Generator().manual_seed(0))
-    theta = erase.select(sd.unet, "esd-x")
-    unet, before = erase.edit(sd.unet, theta), sd.unet(x_t, 1, c)
+    theta = erase.trainable_copies(sd.unet, "esd-x")
+    unet, before = erase.with_theta(sd.unet, theta), sd.unet(x_t, 1, c)
     assert torch.allclose(unet(x_t, 1, c), before, atol=1e-5)
     for shift in (0.1, 0.2):
         for part in theta.values():
@@ -117,7 +126,7 @@ def test_the_edited_model_has_thetas_newest_values(dtype, folder):
     assert torch.equal(sd.unet(x_t, 1, c), before)  # the frozen one stays as it was
 
 
-# What the loss is asked on: own_ways and noised
+# Where x_t comes from: x_t_from_model and x_t_from_images
 
 def texts_of(sd, *concepts, anchors=None, batch=1):
     null = sd.encode([""] * batch)
@@ -137,9 +146,10 @@ def denoised(unet, x, times, text, guidance, steps=4):
 
 
 @torch.no_grad()
-def test_own_ways_draw_the_concept_then_the_step_then_the_noise(sd):
+def test_x_t_from_model_draws_the_concept_then_the_step_then_the_noise(sd):
     texts = texts_of(sd, "star", "heart", "moon", anchors=["circle", "heart", "moon"], batch=2)
-    data = erase.own_ways(sd.unet, texts, (2, 4, 8, 8), 4, 2.5, Generator().manual_seed(3))
+    rng = Generator().manual_seed(3)
+    data = erase.x_t_from_model(sd.unet, texts, (2, 4, 8, 8), rng, steps=4, guidance=2.5)
     times, generator, seen = [751, 501, 251, 1], Generator().manual_seed(3), set()
     for x_t, t, text in itertools.islice(data, 12):
         i, k = (torch.randint(n, (1,), generator=generator).item() for n in (3, 4))
@@ -154,7 +164,8 @@ def test_own_ways_draw_the_concept_then_the_step_then_the_noise(sd):
 @torch.no_grad()
 def test_every_step_draws_the_concept_then_the_noise_and_yields_each_t_in_order(sd):
     texts = texts_of(sd, "star", "heart")
-    data = erase.own_ways(sd.unet, texts, (1, 4, 8, 8), 4, 2.5, Generator().manual_seed(1), True)
+    rng = Generator().manual_seed(1)
+    data = EVERY_STEP(sd.unet, texts, (1, 4, 8, 8), rng, steps=4, guidance=2.5)
     times, generator, seen = [751, 501, 251, 1], Generator().manual_seed(1), set()
     for _ in range(3):
         i = torch.randint(2, (1,), generator=generator).item()
@@ -168,10 +179,11 @@ def test_every_step_draws_the_concept_then_the_noise_and_yields_each_t_in_order(
 
 
 @torch.no_grad()
-def test_noised_draws_the_concept_then_the_step_then_the_noise(sd):
+def test_x_t_from_images_draws_the_concept_then_the_step_then_the_noise(sd):
     """And each image belongs to its own concept."""
     texts, x_0 = texts_of(sd, "star", "heart"), torch.randn(2, 4, 8, 8)
-    data = erase.noised(x_0, texts, (3, 4, 8, 8), 4, Generator().manual_seed(2))
+    rng = Generator().manual_seed(2)
+    data = erase.x_t_from_images(sd.unet, texts, (3, 4, 8, 8), rng, latents=x_0, steps=4)
     generator, abar, seen = Generator().manual_seed(2), ddim.alphas_cumprod(), set()
     for x_t, t, text in itertools.islice(data, 16):
         i, k = (torch.randint(n, (1,), generator=generator).item() for n in (2, 4))
@@ -184,7 +196,7 @@ def test_noised_draws_the_concept_then_the_step_then_the_noise(sd):
 
 @pytest.mark.parametrize("every_step", [False, True])
 def test_unet_calls_for_drawing(every_step, sd):
-    """Every step: two evaluations for each x_t but a way's first. Else: two for each step to t."""
+    """Every step: two for each x_t but a trajectory's first. Else: two for each step down to t."""
     sizes, steps = [], 4  # a call for drawing has both prompts in it, so twice the batch of 1
     hook = sd.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     times = []
@@ -194,17 +206,17 @@ def test_unet_calls_for_drawing(every_step, sd):
         return erase.esd_loss(unet, frozen, x_t, t, text, eta)
 
     try:
-        erase.erase(sd, ["star"], steps=steps, iterations=8, loss_fn=loss,
-                    data=EVERY_STEP if every_step else erase.own_ways)
+        data = drawn_by(erase.x_t_from_model, steps, every_step=every_step)
+        erase.erase(sd, ["star"], iterations=8, loss_fn=loss, data=data)
     finally:
         hook.remove()
     down = [[751, 501, 251, 1].index(t) for t in times]
-    expected = 2 * (steps - 1) if every_step else sum(down)
+    expected = 2 * (steps - 1) if every_step else sum(down)  # 8 iterations: two trajectories
     assert sizes.count(1) == 3 * 8 and sizes.count(2) == len(sizes) - 3 * 8 == expected
     assert times == [751, 501, 251, 1] * 2 or not every_step
 
 
-# The loop: esd
+# The loop: gradient_steps
 
 def test_one_gradient_step_for_each_loss_that_is_asked_for():
     """theta = 1 and the loss theta * t, so each step of SGD takes t off theta."""
@@ -219,7 +231,8 @@ def test_one_gradient_step_for_each_loss_that_is_asked_for():
         assert (unet, frozen, text, eta) == ("unet", "frozen", None, 0.5)
         return theta * t
 
-    losses = erase.esd("unet", "frozen", data(), torch.optim.SGD([theta], lr=1), loss_fn, 0.5)
+    optimizer = torch.optim.SGD([theta], lr=1)
+    losses = erase.gradient_steps("unet", "frozen", data(), optimizer, loss_fn, 0.5)
     assert theta.item() == 1 and not drawn
     for after, loss, t in ((0, 1, 1), (-2, 0, 2), (-5, -6, 3)):
         assert next(losses) == loss and theta.item() == after and drawn[-1] == t
@@ -230,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(sd):
     def loss(unet, frozen, x_t, t, text, eta):
         return erase.esd_loss(unet, frozen, x_t, t, text, eta) * torch.inf
 
-    with pytest.raises(ValueError, match=r"the loss at t = \[\d+\] isn't finite: try a smaller lr"):
+    with pytest.raises(UsageError, match=r"the loss at t = \[\d+\] isn't finite: lower lr or eta"):
         erase.erase(sd, ["star"], loss_fn=loss, **QUICK)
 
 
@@ -247,7 +260,7 @@ def test_only_the_chosen_tensors_come_back_and_the_model_is_untouched(sd):
 
 
 def test_zero_iterations_change_no_bit(sd):
-    same = sample.with_tuned(sd, erase.erase(sd, ["star"], iterations=0))
+    same = sample.with_weights(sd, erase.erase(sd, ["star"], iterations=0))
     first, second = (sample.generate(m, ["a star"], steps=2)[0] for m in (sd, same))
     assert first.tobytes() == second.tobytes()
 
@@ -285,9 +298,10 @@ def by_hand(sd, concept, iterations, steps, lr, seed, every_step=False, batch=1,
 
 @pytest.mark.parametrize("every_step", [False, True])
 def test_it_is_what_a_second_unet_trained_by_hand_becomes(every_step, sd):
-    settings = {"lr": 1e-2, "seed": 1, "steps": 4, "iterations": 6}
-    expected = by_hand(sd, "star", every_step=every_step, **settings)
-    theta = erase.erase(sd, ["star"], **settings, data=EVERY_STEP if every_step else erase.own_ways)
+    settings = {"lr": 1e-2, "seed": 1, "iterations": 6}
+    expected = by_hand(sd, "star", every_step=every_step, steps=4, **settings)
+    data = drawn_by(erase.x_t_from_model, every_step=every_step)
+    theta = erase.erase(sd, ["star"], data=data, **settings)
     start = dict(sd.unet.named_parameters())
     assert theta.keys() == expected.keys()
     for name in theta:  # Adam's division makes rounding large where a gradient is nearly zero
@@ -305,20 +319,23 @@ def batches(sd, concepts=("star",), **settings):
         assert t.shape == value.shape == (len(x_t),)
         return value
 
-    settings = {"iterations": 8, "steps": 4, "lr": 1e-2} | settings
+    settings = {"iterations": 8, "lr": 1e-2, "data": drawn_by(erase.x_t_from_model)} | settings
     erase.erase(sd, concepts, loss_fn=loss, **settings)
     assert len(seen) == settings["iterations"]
     return seen
 
 
-def frozen_ways(sd):
-    return lambda unet, *rest: erase.own_ways(sd.unet, *rest)
+def drawn_by_frozen(sd):
+    def data(unet, texts, shape, rng):
+        return erase.x_t_from_model(sd.unet, texts, shape, rng, steps=4)
+
+    return data
 
 
 def test_x_t_may_be_drawn_by_the_frozen_model(sd):
     """Then it doesn't depend on theta; drawn by the edited model, it does."""
     edited = batches(sd)
-    frozen, still = (batches(sd, data=frozen_ways(sd), lr=lr) for lr in (1e-2, 1e-1))
+    frozen, still = (batches(sd, data=drawn_by_frozen(sd), lr=lr) for lr in (1e-2, 1e-1))
     assert [t for _, t, _ in edited] == [t for _, t, _ in frozen]
     assert all(torch.equal(a[0], b[0]) for a, b in zip(frozen, still, strict=True))
     later = [torch.equal(a[0], b[0]) for a, b in zip(edited[1:], frozen[1:], strict=True)
@@ -330,16 +347,18 @@ def test_x_t_may_be_drawn_by_the_frozen_model(sd):
 def test_a_batch_has_several_latents(sd):
     for x_t, t, text in batches(sd, batch=3, iterations=2):
         assert x_t.shape == (3, 4, 8, 8) and not torch.equal(x_t[0], x_t[1])
-        assert {features.shape for features in text} == {(3, 77, 32)}
+        assert {features.shape for features in text[:3]} == {(3, 77, 32)}
         assert torch.equal(text.concept[2:], sd.encode(["star"]))
         assert torch.equal(text.null[2:], sd.encode([""]))
 
 
 def test_one_concept_is_drawn_each_step(sd):
     star, heart = sd.encode(["star"]), sd.encode(["heart"])
-    seen = [text.concept for _, _, text in batches(sd, ["star", "heart"], iterations=12, steps=1)]
-    drawn = [torch.equal(c, star) for c in seen]
-    assert all(is_star or torch.equal(c, heart) for c, is_star in zip(seen, drawn))
+    data = drawn_by(erase.x_t_from_model, steps=1)
+    seen = [text for _, _, text in batches(sd, ["star", "heart"], iterations=12, data=data)]
+    drawn = [torch.equal(text.concept, star) for text in seen]
+    assert all(is_star or torch.equal(text.concept, heart) for text, is_star in zip(seen, drawn))
+    assert [text.index for text in seen] == [0 if is_star else 1 for is_star in drawn]
     assert 0 < sum(drawn) < len(drawn) == 12
 
 
@@ -352,9 +371,9 @@ def test_one_concept_may_be_a_string(sd):
 def test_x_t_is_drawn_for_the_anchor(sd):
     """And without one, for the concept."""
     heart, star = sd.encode(["heart"]), sd.encode(["star"])
-    of_heart = batches(sd, ["heart"], data=frozen_ways(sd))
-    anchored = batches(sd, {"star": "heart"}, data=frozen_ways(sd))
-    of_star = batches(sd, ["star"], data=frozen_ways(sd))
+    of_heart = batches(sd, ["heart"], data=drawn_by_frozen(sd))
+    anchored = batches(sd, {"star": "heart"}, data=drawn_by_frozen(sd))
+    of_star = batches(sd, ["star"], data=drawn_by_frozen(sd))
     drawn = [torch.equal(a[0], b[0]) for a, b in zip(of_star, anchored, strict=True)
              if a[1].item() != 751]
     assert len(drawn) >= 3 and not any(drawn)
@@ -386,16 +405,17 @@ def moved(sd, theta):
 
 def test_half_precision_model_is_tuned_in_float32(folder):
     sd = sample.load(folder, dtype="bfloat16")
-    theta = erase.erase(sd, ["star"], iterations=1, steps=2, lr=1e-5)
+    theta = erase.erase(sd, ["star"], iterations=1, data=drawn_by(erase.x_t_from_model, steps=2))
     assert {part.dtype for part in theta.values()} == {torch.float32}
     assert moved(sd, theta) > 0.99  # in bfloat16, few weights would move by 1e-5
 
 
 def test_gradients_in_float16_do_not_vanish(folder, monkeypatch):
     sd = sample.load(folder, dtype="float16")
-    assert moved(sd, erase.erase(sd, ["star"], iterations=1, steps=2, lr=1e-5)) > 0.99
+    settings = {"iterations": 1, "data": drawn_by(erase.x_t_from_model, steps=2)}
+    assert moved(sd, erase.erase(sd, ["star"], **settings)) > 0.99
     monkeypatch.setattr(erase, "SCALE", 1.0)
-    assert moved(sd, erase.erase(sd, ["star"], iterations=1, steps=2, lr=1e-5)) < 0.9
+    assert moved(sd, erase.erase(sd, ["star"], **settings)) < 0.9
 
 
 def test_the_scale_changes_no_bit_in_float32(sd, monkeypatch):
@@ -405,40 +425,287 @@ def test_the_scale_changes_no_bit_in_float32(sd, monkeypatch):
     assert len(plain) == 80 and all(torch.equal(plain[name], scaled[name]) for name in plain)
 
 
-# Interrupted, and called again
+def test_under_autocast_each_step_is_seen_by_the_next(sd, monkeypatch):
+    """On one x_t, the loss changes. With autocast's cast of the first theta, it would stay."""
+    def one_x_t(unet, texts, shape, rng):
+        batch = next(erase.x_t_from_model(unet, texts, shape, rng, steps=4))
+        return itertools.repeat(batch)
 
-def noised_ones(unet, texts, shape, steps, guidance, rng):
-    return erase.noised(torch.ones(len(texts), *shape[1:]), texts, shape, steps, rng)
+    def losses():
+        seen = []
+        with torch.autocast("cpu", torch.bfloat16):
+            erase.erase(sd, ["star"], lr=1e-3, iterations=6, data=one_x_t,
+                        on_step=lambda iteration, loss, theta: seen.append(loss))
+        return seen
+
+    assert len({*losses()}) == 6
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+    assert len({*losses()}) == 1
 
 
-@pytest.mark.parametrize("data", [erase.own_ways, EVERY_STEP, noised_ones])
-def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(data, sd, tmp_path):
-    """8 iterations with 3 steps in a way, so it is kept after 3 and after 6."""
-    calls = 0
+# The seams
 
-    def run(stop=None, checkpoint=None):
-        nonlocal calls
-        calls = 0
+def test_the_loss_is_checked(sd):
+    """Its shape, and that it has a gradient: without, nothing would be learned."""
+    def mean_over_the_rows(unet, frozen, x_t, t, text, eta):
+        return (unet(x_t, t, text.concept) - x_t).square().mean(dim=(0, 1, 2))  # (W,)
 
-        def loss(*args):
-            nonlocal calls
-            calls += 1
-            if calls == stop:
-                raise InterruptedError
-            return erase.esd_loss(*args)
+    def without_a_gradient(*batch):
+        return erase.esd_loss(*batch).detach()
 
-        return erase.erase(sd, ["star", "heart"], loss_fn=loss, data=data, iterations=8, steps=3,
-                           lr=1e-3, checkpoint=checkpoint)
+    for loss, says in ((mean_over_the_rows, r"isn't \(1,\) with a gradient"),
+                       (without_a_gradient, "with a gradient")):
+        with pytest.raises(UsageError, match=says):
+            erase.erase(sd, ["star"], loss_fn=loss, **QUICK)
 
-    whole = run()
-    for broken, kept in ((3, 0), (8, 6)):
-        file = tmp_path / f"{kept}.checkpoint"
+
+def test_a_mistake_in_a_loss_keeps_its_traceback(folder, tmp_path, monkeypatch):
+    (tmp_path / "my_loss.py").write_text(
+        "def loss(unet, frozen, x_t, t, text, eta):\n    return x_t @ text.concept\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="Expected size"):
+        run_main(monkeypatch, "star", "--model", folder, "--iterations", 1, "--steps", 2,
+                 "--loss", "my_loss:loss", "--out", tmp_path / "star.safetensors")
+
+
+def test_x_t_carries_no_gradient_into_the_loss(sd):
+    """A data function without no_grad gives the same theta."""
+    def with_gradients(unet, texts, shape, rng):
+        while True:
+            x_t = torch.randn(shape, generator=rng)
+            t = torch.full(shape[:1], 501)
+            yield erase.Batch(x_t - unet(x_t, t, texts[0].concept), t, texts[0])
+
+    def without(unet, texts, shape, rng):
+        for x_t, t, text in with_gradients(unet, texts, shape, rng):
+            yield x_t.detach(), t, text
+
+    one, other = (erase.erase(sd, ["star"], **QUICK | {"data": data})
+                  for data in (with_gradients, without))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_data_that_ends_says_so(sd):
+    def three(unet, texts, shape, rng):
+        return itertools.islice(erase.x_t_from_model(unet, texts, shape, rng, steps=2), 3)
+
+    with pytest.raises(UsageError, match="data ended after 3 of 5 iterations"):
+        erase.erase(sd, ["star"], iterations=5, data=three)
+
+
+def test_the_optimizer_gets_names_and_gradients_that_are_not_scaled(sd):
+    """SGD's step is the gradient, which a second U-Net gives by hand."""
+    given = {}
+
+    def optimizer(pairs, lr):
+        pairs = [*pairs]
+        given.update(pairs)
+        return torch.optim.SGD(pairs, lr)
+
+    settings = {"lr": 0.5, "iterations": 1, "data": drawn_by(erase.x_t_from_model)}
+    theta = erase.erase(sd, ["star"], optimizer=optimizer, **settings)
+    assert given.keys() == theta.keys()
+    expected = by_hand(sd, "star", iterations=1, steps=4, lr=0.5, seed=0, optimizer=torch.optim.SGD)
+    start = dict(sd.unet.named_parameters())
+    for name in theta:
+        moved = (expected[name] - start[name]).norm()
+        assert (theta[name] - expected[name]).norm() < 0.01 * moved, name
+
+
+def test_the_target_may_be_another_models(sd):
+    """With the student itself as the teacher and eta -1, Eq. 6 has nothing to teach."""
+    other = sample.with_weights(sd, {"conv_in.bias": sd.unet.conv_in.bias + 1})
+    asked = []
+
+    def teacher(x_t, t, c):
+        asked.append(len(x_t))
+        return other.unet(x_t, t, c)
+
+    theirs = erase.erase(sd, ["star"], frozen=teacher, **QUICK)
+    ours = erase.erase(sd, ["star"], **QUICK)
+    assert len(asked) == 2 * QUICK["iterations"]
+    assert all((theirs[name] != ours[name]).any() for name in ours)
+
+
+def test_on_step_sees_every_iteration_and_may_stop(sd):
+    seen = []
+
+    def on_step(iteration, loss, theta):
+        copies = {name: part.detach().clone() for name, part in theta.items()}
+        seen.append((iteration, loss, copies))
+        return iteration == 3
+
+    theta = erase.erase(sd, ["star"], on_step=on_step, **QUICK | {"iterations": 9})
+    assert [iteration for iteration, _, _ in seen] == [1, 2, 3]
+    assert all(loss > 0 for _, loss, _ in seen)
+    shorter = erase.erase(sd, ["star"], **QUICK | {"iterations": 3})
+    for name, part in theta.items():
+        assert torch.equal(part, shorter[name]) and torch.equal(part, seen[-1][2][name])
+        assert not torch.equal(seen[0][2][name], seen[1][2][name])
+
+
+def test_theta_may_come_from_a_function(sd):
+    """A LoRA of rank 1 on one weight: the model has theta* + up @ down, which alone are leaves."""
+    name = next(name for name in erase.trainable_copies(sd.unet, "esd-x") if "to_v" in name)
+    start = sd.unet.get_parameter(name)
+    up = torch.zeros(len(start), 1, requires_grad=True)
+    down = torch.ones(1, start.shape[1], requires_grad=True)
+    unet = erase.with_theta(sd.unet, lambda: {name: start + up @ down})
+    x_t, t, c = torch.randn(1, 4, 8, 8), tensor([501]), sd.encode(["star"])
+
+    assert torch.allclose(unet(x_t, t, c), sd.unet(x_t, t, c), atol=1e-5)
+    unet(x_t, t, c).square().mean().backward()
+    assert up.grad.abs().max() > 0 and start.grad is None
+    with torch.no_grad():
+        up += 100
+        merged = sample.with_weights(sd, {name: start + up @ down})
+        assert torch.allclose(unet(x_t, t, c), merged.unet(x_t, t, c), atol=1e-5)
+        assert (unet(x_t, t, c) - sd.unet(x_t, t, c)).abs().max() > 1e-3
+
+
+def test_a_weight_that_the_unet_does_not_have_is_an_error(sd):
+    unet = erase.with_theta(sd.unet, {"conv_in.nothing": torch.zeros(1)})
+    with pytest.raises(UsageError, match="no weights named conv_in.nothing"):
+        unet(torch.zeros(1, 4, 8, 8), tensor([1]), sd.encode(["star"]))
+
+
+def test_concepts_may_be_features(sd):
+    by_name = erase.erase(sd, ["star", "heart"], **QUICK)
+    by_features = erase.erase(sd, sd.encode(["star", "heart"]), **QUICK)
+    assert all(torch.equal(by_name[name], by_features[name]) for name in by_name)
+
+
+def test_another_sampler_draws_x_t_and_gets_rng(sd):
+    """One that goes from noise to noise, which it draws itself."""
+    def only_noise(predict, x_t, steps, rng):
+        for t in ddim.timesteps(steps):
+            yield t, torch.randn(x_t.shape, generator=rng)
+
+    text, = texts_of(sd, "star")
+    rng = Generator().manual_seed(0)
+    data = EVERY_STEP(sd.unet, [text], (1, 4, 8, 8), rng, steps=3, denoise=only_noise)
+    found = [x_t for x_t, _, _ in itertools.islice(data, 3)]
+    expected = Generator().manual_seed(0)
+    torch.randint(1, (1,), generator=expected)
+    torch.randn(1, 4, 8, 8, generator=expected)  # the noise that the sampler starts from
+    assert all(torch.equal(x_t, torch.randn(1, 4, 8, 8, generator=expected)) for x_t in found)
+
+
+def test_a_compiled_unet_erases_saves_and_loads(sd, folder, tmp_path):
+    """torch.compile puts _orig_mod. before every name. x_t is noise, so that little is compiled."""
+    def noise(unet, texts, shape, rng):
+        while True:
+            x_t = torch.randn(shape, generator=rng)
+            yield erase.Batch(x_t, torch.full(shape[:1], 981), texts[0])
+
+    compiled = sample.load(folder)
+    compiled.unet = torch.compile(compiled.unet, backend="eager")
+    theta = erase.erase(compiled, ["star"], **QUICK | {"data": noise})
+    expected = erase.erase(sd, ["star"], **QUICK | {"data": noise})
+    assert theta.keys() == expected.keys()
+    assert all(torch.allclose(theta[name], expected[name], atol=1e-5) for name in theta)
+
+    erase.save(theta, tmp_path / "star.safetensors", {}, compiled)
+    name = next(iter(theta))
+    for model in (compiled, sd):
+        erased = sample.load_erased(model, tmp_path / "star.safetensors").unet
+        assert torch.equal(erased.get_parameter(name), theta[name].half().float())
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ({"method": "esdx"}, "method is 'esdx', choose esd-x or esd-u"),
+    ({"concepts": []}, "there is no concept to erase in"),
+    ({"concepts": ["star", " "]}, "there is no concept to erase in"),
+    ({"concepts": torch.zeros(77, 32)}, r"shape \(77, 32\), not \(C, 77, 768\)"),
+    ({"lr": -1.0}, "lr -1.0"),
+    ({"lr": float("nan")}, "lr nan"),
+    ({"concepts": ["star", "star"]}, "'star' is given twice"),
+    ({"iterations": -1}, "iterations -1"),
+    ({"batch": 0}, "batch 0"),
+])
+def test_the_api_is_checked_as_the_command_line_is(sd, arguments, says):
+    with pytest.raises(UsageError, match=says):
+        erase.erase(sd, **{"concepts": ["star"]} | QUICK | arguments)
+
+
+# Interrupted, and resumed
+
+def from_images(unet, texts, shape, rng):
+    latents = torch.ones(len(texts), *shape[1:])
+    return erase.x_t_from_images(unet, texts, shape, rng, latents, steps=3)
+
+
+def interrupted_at(limit):
+    """An on_step that interrupts the run in this iteration, before it is saved; 0: never."""
+    def on_step(iteration, loss, theta):
+        if iteration == limit:
+            raise InterruptedError
+
+    return on_step
+
+
+@pytest.mark.parametrize("data", [
+    drawn_by(erase.x_t_from_model, steps=3), drawn_by(EVERY_STEP, steps=3), from_images])
+def test_a_run_resumes_from_its_checkpoint_to_the_same_bits(data, sd, tmp_path, monkeypatch):
+    """Kept after 3 and 6 of 8 iterations: with every step, these are ends of trajectories."""
+    monkeypatch.setattr(erase, "SAVE_EVERY", 3)
+    file = tmp_path / "run.checkpoint"
+
+    def run(limit, checkpoint):
+        return erase.erase(sd, ["star", "heart"], data=data, iterations=8, lr=1e-3,
+                           on_step=interrupted_at(limit), checkpoint=checkpoint)
+
+    whole = run(0, None)
+    for limit in (2, 7):
         with pytest.raises(InterruptedError):
-            run(broken, file)
-        assert file.exists() == (kept > 0) and not [*tmp_path.glob("*.part")]
-        again = run(checkpoint=file)
-        assert calls == 8 - kept
-        assert len(whole) == 80 and all(torch.equal(whole[name], again[name]) for name in whole)
+            run(limit, file)
+        assert file.exists() == (limit > 3) and not [*tmp_path.glob("*.part")]
+    steps = []
+    again = erase.erase(sd, ["star", "heart"], data=data, iterations=8, lr=1e-3, checkpoint=file,
+                        on_step=lambda iteration, *_: steps.append(iteration))
+    assert steps == [7, 8]
+    assert len(whole) == 80 and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def half_loss(*batch):
+    return erase.esd_loss(*batch) / 2
+
+
+@pytest.mark.parametrize("changed", [
+    {"concepts": ["heart"]}, {"eta": 2.0}, {"lr": 2e-3}, {"method": "esd-u"}, {"seed": 1},
+    {"iterations": 5}, {"batch": 2}, {"loss_fn": half_loss}, {"optimizer": torch.optim.SGD},
+    {"data": drawn_by(erase.x_t_from_model, steps=5)}, {"data": from_images},
+])
+def test_a_checkpoint_of_another_run_is_refused(changed, sd, tmp_path, monkeypatch):
+    """And named is what differs."""
+    monkeypatch.setattr(erase, "SAVE_EVERY", 1)
+    settings = {"concepts": ["star"], **QUICK, "checkpoint": tmp_path / "run.checkpoint"}
+    with pytest.raises(InterruptedError):
+        erase.erase(sd, on_step=interrupted_at(2), **settings)
+    name = next(iter(changed)).removesuffix("_fn")
+    with pytest.raises(UsageError, match=f"belongs to a run with a different {name}: "):
+        erase.erase(sd, **settings | changed)
+
+
+def test_a_checkpoint_of_another_model_is_refused(sd, tmp_path):
+    settings = {"concepts": ["star"], **QUICK, "checkpoint": tmp_path / "run.checkpoint"}
+    erase.erase(sd, **settings)
+    other = sample.with_weights(sd, {"conv_in.weight": sd.unet.conv_in.weight + 1})
+    with pytest.raises(UsageError, match="a run with a different model: "):
+        erase.erase(other, **settings)
+
+
+def test_the_code_of_a_loss_is_a_setting(tmp_path, monkeypatch):
+    """An edited loss doesn't go on from the old one's steps."""
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = set()
+    for i, factor in enumerate((1, 2)):
+        (tmp_path / f"my_loss_{i}.py").write_text(f"def loss(*batch):\n    return {factor}\n")
+        seen.add(erase.setting_to_text(importlib.import_module(f"my_loss_{i}").loss))
+    assert len(seen) == 2
+    assert erase.setting_to_text(half_loss) == erase.setting_to_text(half_loss)
+    bound = [erase.setting_to_text(drawn_by(erase.x_t_from_model, steps)) for steps in (2, 2, 3)]
+    assert bound[0] == bound[1] != bound[2]
 
 
 def test_an_interrupted_checkpoint_leaves_the_last_one(sd, tmp_path, monkeypatch):
@@ -451,10 +718,11 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(sd, tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", break_off)
+    monkeypatch.setattr(erase, "SAVE_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
-        erase.erase(sd, ["star"], iterations=6, steps=2, checkpoint=file)
+        erase.erase(sd, ["star"], checkpoint=file, **QUICK | {"iterations": 6})
     assert len(written) == 2 and [*tmp_path.iterdir()] == [file]
-    assert torch.load(file, weights_only=True)[-1] == 2  # the iterations of the first
+    assert torch.load(file, weights_only=True)["done"] == 2
 
 
 # The file
@@ -462,7 +730,7 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(sd, tmp_path, monkeypatch
 def test_the_same_seed_gives_the_same_file(sd, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         theta = erase.erase(sd, ["star"], seed=seed, **QUICK)
-        erase.save(theta, tmp_path / name, {"concepts": ["star"], "eta": 1.0})
+        erase.save(theta, tmp_path / name, {"concepts": ["star"], "eta": 1.0}, sd)
     a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
     assert a == b != c
 
@@ -474,20 +742,24 @@ def settings_of(file):
 
 def test_the_file_has_the_settings_and_float16_tensors(sd, tmp_path):
     theta = erase.erase(sd, ["star"], **QUICK)
-    erase.save(theta, tmp_path / "f", {"concepts": ["star"], "eta": 1.0, "out": tmp_path})
-    assert settings_of(tmp_path / "f") == {"concepts": ["star"], "eta": 1.0, "out": str(tmp_path)}
+    settings = {"concepts": ["star"], "eta": 1.0, "out": tmp_path}
+    erase.save(theta, tmp_path / "f", settings, sd)
+    saved = settings_of(tmp_path / "f")
+    assert saved.pop("base") == sample.fingerprint(sd, without=theta)
+    assert saved == {"concepts": ["star"], "eta": 1.0, "out": str(tmp_path)}
     stored = load_file(tmp_path / "f")
     assert stored.keys() == theta.keys()
     for name, part in stored.items():
         assert part.dtype == torch.float16 and torch.equal(part, theta[name].half())
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "erased.safetensors"
-    erase.save({"a": torch.ones(1)}, path, {})
+def test_an_interrupted_write_leaves_the_old_file(sd, tmp_path, monkeypatch):
+    path, name = tmp_path / "erased.safetensors", "conv_in.bias"
+    bias = torch.ones(32)
+    erase.save({name: bias}, path, {}, sd)
     for beyond in (torch.nan, torch.inf, 1e6):  # float16 ends at 65504
-        with pytest.raises(ValueError, match="theta isn't finite, nothing was saved"):
-            erase.save({"a": torch.full((1,), beyond)}, path, {})
+        with pytest.raises(UsageError, match="theta isn't finite, nothing was saved"):
+            erase.save({name: bias * beyond}, path, {}, sd)
 
     def break_off(part, data):
         part.open("wb").write(data[:len(data) // 2])
@@ -495,23 +767,35 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", break_off)
     with pytest.raises(OSError):
-        erase.save({"a": torch.zeros(1)}, path, {})
-    assert load_file(path)["a"].item() == 1 and [*tmp_path.iterdir()] == [path]
+        erase.save({name: 0 * bias}, path, {}, sd)
+    assert load_file(path)[name].tolist() == bias.tolist() and [*tmp_path.iterdir()] == [path]
+
+
+def test_what_was_edited_before_is_in_the_file_too(sd, tmp_path, capsys):
+    """ESD-u on top of an edit of cross-attention: the file alone gives both, on the original."""
+    name = next(iter(erase.trainable_copies(sd.unet, "esd-x")))
+    first = sample.with_weights(sd, {name: sd.unet.get_parameter(name) + 1})
+    theta = erase.erase(first, ["star"], method="esd-u", **QUICK)
+    erase.save(theta, tmp_path / "both.safetensors", {}, first)
+    assert load_file(tmp_path / "both.safetensors").keys() == {name, *theta}
+    both = sample.load_erased(sd, tmp_path / "both.safetensors")
+    assert capsys.readouterr().err == ""
+    assert torch.allclose(both.unet.get_parameter(name), sd.unet.get_parameter(name) + 1, atol=1e-2)
 
 
 def test_a_file_of_another_model_is_refused(sd, tmp_path):
     save_file({"down_blocks.9.weight": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="has 1 tensors, not the U-Net's: .'down_blocks.9.weight'"):
+    with pytest.raises(UsageError, match="has 1 tensors, not the U-Net's: .'down_blocks.9.weight'"):
         sample.load_erased(sd, tmp_path / "other")
     save_file({}, tmp_path / "empty")
-    with pytest.raises(ValueError, match="empty has 0 tensors"):
+    with pytest.raises(UsageError, match="empty has 0 tensors"):
         sample.load_erased(sd, tmp_path / "empty")
 
 
 def test_loading_shares_what_was_not_tuned_and_leaves_the_original(sd, tmp_path):
     before = {name: p.clone() for name, p in sd.unet.state_dict().items()}
     theta = erase.erase(sd, ["star"], **QUICK)
-    erase.save(theta, tmp_path / "f", {})
+    erase.save(theta, tmp_path / "f", {}, sd)
     erased = sample.load_erased(sd, tmp_path / "f").unet.state_dict()
     for name, own in sd.unet.state_dict().items():
         assert torch.equal(own, before[name])
@@ -542,8 +826,8 @@ def no_images(monkeypatch):
 def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch, capsys):
     out, drawn, generate = tmp_path / "new" / "star.safetensors", [], sample.generate
 
-    def spy(model, prompts, num, seed, steps, *more, **kwargs):  # two steps, to save time
-        images = generate(model, prompts, num, seed, min(steps, 2), *more, **kwargs)
+    def spy(model, prompts, **settings):  # two steps, to save time
+        images = generate(model, prompts, **settings | {"steps": min(settings["steps"], 2)})
         drawn.append((model, prompts, images))
         return images
 
@@ -551,7 +835,7 @@ def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch
     run_main(monkeypatch, "star", "--model", folder, "--iterations", 2, "--steps", 2, "--lr", 0.1,
              "--show", "a heart", "--out", out)
     said = capsys.readouterr().out.strip()
-    sizes = sum(part.numel() for part in erase.select(sd.unet, "esd-x").values())
+    sizes = sum(part.numel() for part in erase.trainable_copies(sd.unet, "esd-x").values())
     assert said == f"{sizes:,} parameters tuned: {out}, .png"
     assert [prompts for _, prompts, _ in drawn] == [["star"], ["star"], ["a heart"], ["a heart"]]
     assert all(len(images) == 4 for _, _, images in drawn)
@@ -562,12 +846,13 @@ def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch
     assert len(stored) == 80
     for model, _, _ in drawn[1::2]:
         for name, p in model.unet.named_parameters():
-            assert torch.equal(p.half(), stored.get(name, sd.unet.get_parameter(name).half()))
+            start = sd.unet.get_parameter(name)
+            assert torch.equal(p, stored[name].float() if name in stored else start)  # as saved
     labels = ["star, before", "star, after", "a heart, before", "a heart, after"]
     sheet = Image.open(out.with_suffix(".png"))
     assert sheet.tobytes() == sample.contact_sheet(
         [(label, images) for label, (_, _, images) in zip(labels, drawn)]).tobytes()
-    assert json.loads(sheet.text["settings"]) == settings_of(out)
+    assert json.loads(sheet.text["settings"]).items() <= settings_of(out).items()
     assert sorted(file.name for file in out.parent.iterdir()) == ["star.png", "star.safetensors"]
 
     monkeypatch.setattr("sys.argv", ["sample.py", "a star", "--model", str(folder), "--steps", "1",
@@ -582,17 +867,21 @@ def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch
 @pytest.mark.parametrize("arguments, says", [
     (["--model", "nowhere"], "can't load nowhere: "),
     (["--steps", "1000"], "steps is 1000"),
-    (["--iterations", "-1"], "iterations is -1"),
+    (["--iterations", "-1"], "iterations -1"),
     (["--batch", "0"], "batch 0"),
     (["--image", "a.png", "b.png"], "2 images for 1 concepts"),
     (["--image", "README.md"], "cannot identify image file 'README.md'"),
     (["--image", "nowhere.png"], "nowhere.png"),
     (["--loss", "nowhere:loss"], "--loss nowhere:loss: No module named 'nowhere'"),
-    (["--loss", "erase"], "--loss erase: module 'erase' has no attribute '__call__'"),
-    (["--loss", "./my.py:loss"], "--loss ./my.py:loss: invalid format"),
-    (["--loss", "erase:nothing"], "--loss erase:nothing: module 'erase' has no attribute"),
+    (["--loss", "erase"], "--loss erase: erase has no function ''"),
+    (["--loss", "./my.py:loss"], "--loss ./my.py:loss: write MODULE:FUNCTION"),
+    (["--loss", "erase:nothing"], "--loss erase:nothing: erase has no function 'nothing'"),
+    (["--data", "erase:SCALE"], "--data erase:SCALE: erase has no function 'SCALE'"),
     (["--seed", "-1"], "seed is -1"),
-    (["--out", "star.png"], "star.png can't be written: choose a new .safetensors name"),
+    (["--out", "star.png"], "star.png isn't the name of a .safetensors file"),
+    (["star"], "'star' is given twice"),
+    (["star", "--image", "a.png"], "'star' is given twice"),
+    (["--resume"], "star.checkpoint doesn't exist: leave out --resume"),
 ])
 def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, arguments, says):
     out = tmp_path / "star.safetensors"
@@ -602,6 +891,14 @@ def test_wrong_input_gets_one_line(folder, tmp_path, monkeypatch, capsys, argume
     assert not list(tmp_path.iterdir())
 
 
+def test_processes_of_torchrun_are_refused(folder, tmp_path, monkeypatch, capsys):
+    """Each would erase everything and write the same file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stops(monkeypatch, 2, "star", "--model", folder, "--out", tmp_path / "star.safetensors")
+    assert capsys.readouterr().err == "error: erase.py is one process: start it without torchrun\n"
+
+
+@pytest.mark.robustness
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
 def test_files_have_the_mode_that_the_user_chose(folder, tmp_path, monkeypatch, no_images, umask,
                                                  mode):
@@ -615,10 +912,10 @@ def test_files_have_the_mode_that_the_user_chose(folder, tmp_path, monkeypatch, 
 
 
 def test_a_comma_is_part_of_a_concept(folder, tmp_path, monkeypatch, capsys, no_images):
-    how = ("--model", folder, "--iterations", 0, "--steps", 1, "--out")
-    run_main(monkeypatch, "star, heart", *how, tmp_path / "one.safetensors")
+    flags = ("--model", folder, "--iterations", 0, "--steps", 1, "--out")
+    run_main(monkeypatch, "star, heart", *flags, tmp_path / "one.safetensors")
     assert 'To erase two, write "star" "heart".' in capsys.readouterr().out
-    run_main(monkeypatch, "star", "heart", *how, tmp_path / "two.safetensors")
+    run_main(monkeypatch, "star", "heart", *flags, tmp_path / "two.safetensors")
     assert "A comma" not in capsys.readouterr().out
 
 
@@ -627,19 +924,22 @@ def test_what_exists_is_not_overwritten(folder, tmp_path, monkeypatch, capsys):
     for mine in (out, out.with_suffix(".png")):
         mine.write_bytes(b"mine")
         stops(monkeypatch, 2, "star", "--model", folder, "--out", out)
-        assert f"error: {mine} can't be written" in capsys.readouterr().err
+        line = capsys.readouterr().err.strip()
+        assert line == f"error: {mine} exists; delete it or choose another --out"
         assert [*tmp_path.iterdir()] == [mine] and mine.read_bytes() == b"mine"
         mine.unlink()
 
 
-def test_an_interrupted_command_goes_on(folder, tmp_path, monkeypatch, capsys, no_images):
-    """8 iterations, kept after 2, 4, 6; another command is another run."""
+def test_an_interrupted_command_resumes_if_asked_to(folder, tmp_path, monkeypatch, capsys,
+                                                    no_images):
+    """8 iterations, kept after 2, 4, 6."""
     command = ["star", "--model", folder, "--iterations", 8, "--steps", 2, "--lr", 1e-3]
     whole, out = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     run_main(monkeypatch, *command, "--out", whole)
     assert not [*tmp_path.glob("*.checkpoint")]
 
-    adam_step, stepped = torch.optim.Adam.step, 0
+    stepped, limit = 0, 6
+    adam_step = torch.optim.Adam.step
 
     def step(self, *args):
         nonlocal stepped
@@ -649,57 +949,56 @@ def test_an_interrupted_command_goes_on(folder, tmp_path, monkeypatch, capsys, n
         return adam_step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    limit, kept = 6, []
-    for flags in ([], ["--eta", 2]):
+    monkeypatch.setattr(erase, "SAVE_EVERY", 2)
+    checkpoint = tmp_path / "broken.checkpoint"
+    for flags in ([], ["--eta", 2]):  # the second one isn't the same run, and starts anew
         stepped = 0
         stops(monkeypatch, 130, *command, "--out", out, *flags)
-        kept.append({*tmp_path.glob("broken.*.checkpoint")})
-        last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert last == "interrupted" and not out.exists()
-    first, both = kept
-    assert len(first) == 1 and len(both) == 2 and first < both
+        printed = capsys.readouterr()
+        assert printed.err.strip().splitlines()[-1] == "interrupted" and not out.exists()
+        assert ("starting anew" in printed.out) == bool(flags) and checkpoint.exists()
 
-    limit, stepped = None, 0
-    run_main(monkeypatch, *command, "--out", out)
-    assert stepped == 8 - 4
-    assert {*tmp_path.glob("*.checkpoint")} == both - first
+    limit = None
+    stops(monkeypatch, 2, *command, "--out", out, "--resume")
+    assert "to a run with a different eta: 2.0, not 1.0" in capsys.readouterr().err
+    stepped, limit = 0, 6
+    stops(monkeypatch, 130, *command, "--out", out)  # anew
+    stepped, limit = 0, None
+    run_main(monkeypatch, *command, "--out", out, "--resume")
+    assert stepped == 8 - 4 and not checkpoint.exists()
     tensors, expected = load_file(out), load_file(whole)
     assert len(tensors) == 80 == len(expected)
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
 
 
-def test_images_that_are_interrupted_leave_the_run_to_go_on(folder, tmp_path, monkeypatch):
-    """The weights are saved with the images; until then the checkpoint stays."""
+def test_interrupted_images_can_be_drawn_later(folder, tmp_path, monkeypatch):
+    """The weights are saved before; until the image is there, the checkpoint stays."""
+    command = ["star", "--model", folder, "--iterations", 2, "--steps", 2,
+               "--out", tmp_path / "star.safetensors"]
+
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "generate", interrupted)
-    stops(monkeypatch, 130, "star", "--model", folder, "--iterations", 2, "--steps", 2, "--out",
-          tmp_path / "star.safetensors")
-    file, = tmp_path.iterdir()
-    assert file.suffix == ".checkpoint" and torch.load(file, weights_only=True)[-1] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "generate", interrupted)
+        stops(patch, 130, *command)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".checkpoint", ".safetensors"}
+    saved = load_file(tmp_path / "star.safetensors")
+    assert torch.load(tmp_path / "star.checkpoint", weights_only=True)["done"] == 2
+
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: [Image.new("RGB", (64, 64))] * 4)
+    run_main(monkeypatch, *command, "--resume")
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".png"}
+    again = load_file(tmp_path / "star.safetensors")
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
 
 
-def test_a_run_that_was_killed_after_it_had_saved_leaves_no_checkpoint(folder, tmp_path,
-                                                                       monkeypatch, no_images):
-    command = ["star", "--model", folder, "--iterations", 2, "--steps", 2,
-               "--out", tmp_path / "star.safetensors"]
-    unlink = Path.unlink
-
-    def killed(path, **how):
-        if path.suffix == ".checkpoint":
-            raise KeyboardInterrupt
-        unlink(path, **how)
-
-    monkeypatch.setattr(Path, "unlink", killed)
-    stops(monkeypatch, 130, *command)
-    monkeypatch.setattr(Path, "unlink", unlink)
-    left = {file.suffix: file.read_bytes() for file in tmp_path.iterdir()}
-    assert {*left} == {".safetensors", ".png", ".checkpoint"}
-
-    stops(monkeypatch, 2, *command)
-    del left[".checkpoint"]
-    assert {file.suffix: file.read_bytes() for file in tmp_path.iterdir()} == left
+def test_a_damaged_checkpoint_is_refused(sd, tmp_path):
+    file = tmp_path / "run.checkpoint"
+    erase.erase(sd, ["star"], checkpoint=file, **QUICK)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="run.checkpoint is damaged, delete it"):
+        erase.erase(sd, ["star"], checkpoint=file, **QUICK)
 
 
 @pytest.fixture
@@ -708,31 +1007,49 @@ def red_png(tmp_path):
     return tmp_path / "red.png"
 
 
+def every_other_step(unet, texts, shape, rng, sd, steps, every_step, guidance=3.0):
+    """For --data: gets the flags, and the model."""
+    assert isinstance(sd, sample.StableDiffusion) and steps == 2 and not every_step
+    return erase.x_t_from_model(sd.unet, texts, shape, rng, steps=3, guidance=guidance)
+
+
+def loss_with_sd(unet, frozen, x_t, t, text, eta, sd):
+    """For --loss: gets the model."""
+    assert isinstance(sd, sample.StableDiffusion)
+    return half_loss(unet, frozen, x_t, t, text, eta)
+
+
 @pytest.mark.parametrize("flags, concepts, settings", [
     ("", ["star"], {}),
-    ("--every-step", ["star"], {"data": EVERY_STEP}),
+    ("--every-step", ["star"], {"data": drawn_by(EVERY_STEP, steps=2)}),
     ("--anchor heart", {"star": "heart"}, {}),
     ("--loss notebooks.methods.esd_from:loss --anchor heart", {"star": "heart"},
      {"loss_fn": esd_from.loss}),
     ("--image red.png", ["star"], {"data": "image"}),
+    ("--data test_erase:every_other_step --guidance 4", ["star"], {"data": "own"}),
+    ("--loss test_erase:loss_with_sd --lr 2e-3", ["star"], {"loss_fn": half_loss, "lr": 2e-3}),
     ("--method esd-u --eta 2 --lr 1e-2 --guidance 4 --batch 2 --seed 5", ["star"],
-     {"method": "esd-u", "eta": 2.0, "lr": 1e-2, "guidance": 4.0, "batch": 2, "seed": 5}),
+     {"method": "esd-u", "eta": 2.0, "lr": 1e-2, "batch": 2, "seed": 5,
+      "data": drawn_by(erase.x_t_from_model, steps=2, guidance=4.0)}),
 ])
 def test_the_command_is_the_function(flags, concepts, settings, sd, folder, tmp_path, monkeypatch,
                                      no_images, red_png):
     """The file has what the function returns, so every flag reaches it."""
+    usual = {"iterations": 4, "lr": 1e-3, "data": drawn_by(erase.x_t_from_model, steps=2)}
     if settings.get("data") == "image":
-        image = sd.encode_images([Image.open(red_png)])
-        settings = {"data": lambda unet, texts, shape, steps, _, rng: erase.noised(
-            image, texts, shape, steps, rng)}
+        latents = sd.encode_images([Image.open(red_png)])
+        settings = {"data": drawn_by(erase.x_t_from_images, steps=2, latents=latents)}
+    elif settings.get("data") == "own":
+        settings = {"data": functools.partial(
+            every_other_step, sd=sd, steps=2, every_step=False, guidance=4.0)}
     flags = flags.replace("red.png", str(red_png)).split()
     run_main(monkeypatch, "star", "--model", folder, "--iterations", 4, "--steps", 2, "--lr", 1e-3,
              *flags, "--out", tmp_path / "a.safetensors")
     stored = load_file(tmp_path / "a.safetensors")
-    theta = erase.erase(sd, concepts, **{"iterations": 4, "steps": 2, "lr": 1e-3} | settings)
+    theta = erase.erase(sd, concepts, **usual | settings)
     assert stored.keys() == theta.keys()
     assert all(torch.equal(stored[name], theta[name].half()) for name in theta)
-    plain = erase.erase(sd, ["star"], iterations=4, steps=2, lr=1e-3)
+    plain = erase.erase(sd, ["star"], **usual)
     same = all(name in stored and torch.equal(stored[name], plain[name].half()) for name in plain)
     assert same == (not flags)
 
@@ -740,14 +1057,13 @@ def test_the_command_is_the_function(flags, concepts, settings, sd, folder, tmp_
 def test_every_flag_reaches_the_loader_and_the_file(folder, tmp_path, monkeypatch, no_images):
     flags = {"method": "esd-u", "eta": 2.0, "lr": 1e-3, "iterations": 1, "guidance": 4.0,
              "steps": 3, "seed": 5, "batch": 2, "every_step": True, "device": "cpu",
-             "dtype": "bfloat16", "tokenizer": str(folder / "tokenizer"), "ema": True,
-             "model": str(folder), "anchor": "heart", "loss": "notebooks.methods.esd_from:loss"}
+             "dtype": "bfloat16", "model": str(folder), "anchor": "heart",
+             "loss": "notebooks.methods.esd_from:loss", "data": "erase:x_t_from_model"}
     given, load = {}, sample.load
 
     def spy(*args, **kwargs):
-        bound = inspect.signature(load).bind(*args, **kwargs).arguments
-        given.update(bound)
-        return load(**bound | {"ema": False})  # a folder has none
+        given.update(inspect.signature(load).bind(*args, **kwargs).arguments)
+        return load(*args, **kwargs)
 
     monkeypatch.setattr(sample, "load", spy)
     typed = [word for key, value in flags.items()
@@ -755,7 +1071,7 @@ def test_every_flag_reaches_the_loader_and_the_file(folder, tmp_path, monkeypatc
     run_main(monkeypatch, "star", "moon", *typed, "--out", tmp_path / "a.safetensors")
     saved = settings_of(tmp_path / "a.safetensors")
     assert flags.items() <= saved.items() and saved["concepts"] == ["star", "moon"]
-    assert given == {key: flags[key] for key in ("model", "device", "dtype", "tokenizer", "ema")}
+    assert given == {key: flags[key] for key in ("model", "device", "dtype")}
 
 
 def test_flags_may_come_from_a_file_and_later_ones_win(folder, tmp_path, monkeypatch, no_images):

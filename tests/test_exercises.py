@@ -3,11 +3,13 @@
 import importlib
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 
 from notebooks import checks, grade
 
+NOTEBOOKS = Path(grade.__file__).parent
 NUMBERS = {name: exercise.number for name, exercise in checks.EXERCISES.items()}
 
 
@@ -40,8 +42,8 @@ def test_a_likely_mistake_is_named(name, what):
     ("my_denoise", checks.sampler(first=0, root=False), "the times of Stable Diffusion's ten"),
     ("my_add_noise", lambda x, n, a: 1 / 0, "it raises ZeroDivisionError: division by zero"),
     ("my_add_noise", lambda x, n, a: x[0], "its results have the shapes [[4, 3, 3]] instead of"),
-    ("my_interval", lambda hits, asked: hits / asked, "it raises TypeError: cannot unpack"),
-    ("my_interval", lambda hits, asked: (0, hits / asked), "for 0 of 50 Wilson's interval is"),
+    ("my_interval", lambda hits, images: hits / images, "it raises TypeError: cannot unpack"),
+    ("my_interval", lambda hits, images: (0, hits / images), "for 0 of 50 Wilson's interval is"),
     ("my_mcnemar", lambda one, other: 0.5, "p = min(1, 2 sum C(n, i) / 2^n)"),
     ("my_selective_loss", lambda *_: 0.5, "it raises AttributeError"),
 ])
@@ -80,6 +82,20 @@ def test_a_solution_gets_its_point(name, tmp_path):
     file = submission(tmp_path, number[0], first, solved(name), "%pip install x",
                       f"print(checks.{name}({name}))")
     assert marks(file)[number] == (1, "right")
+
+
+@pytest.mark.parametrize("number", "12345")
+def test_a_solved_notebook_gets_all_points(number, tmp_path):
+    file, = NOTEBOOKS.glob(f"{number}_*.ipynb")
+    notebook = json.loads(file.read_text())
+    for cell in notebook["cells"]:
+        name = cell["metadata"].get("nbgrader", {}).get("grade_id")
+        if name in NUMBERS:
+            cell["source"] = solved(name)
+    (tmp_path / "mine.ipynb").write_text(json.dumps(notebook))
+
+    graded = grade.grade(tmp_path / "mine.ipynb")
+    assert graded["points"] == graded["of"] > 0, graded
 
 
 ADD = "def my_add_noise(x_0, noise, abar_t):\n    "

@@ -1,6 +1,7 @@
 """notebooks/tools/export.py: erased models in the forms of other programs."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,99 +10,145 @@ from safetensors.torch import load_file, save_file
 
 import erase
 import sample
-from notebooks.tools import export
-from support import formats
+from notebooks.tools import convert, export
+from support import commands, formats, parity, small
+
+# ---- folders
 
 
 @pytest.mark.parametrize("part", sample.PARTS)
-def test_names_are_compvis_own(part):
-    """The stored lists are of the published checkpoint; every name of ours is in them."""
-    config = sample.PARTS[part].config()
-    for theirs, ours in formats.COMPVIS[part].items():
-        assert export.COMPVIS[part](ours, config) == theirs
+def test_a_config_is_read_back_as_written(part):
+    config, _ = parity.CLASSES[part]
+    config_from_json = parity.MODULES[part].config_from_json
+
+    def written(config):
+        return json.loads(json.dumps(export.CONFIGS[part](config)))
+
+    for written_config in (config(), config_from_json(small.SMALL[part])):
+        assert config_from_json(written(written_config)) == written_config
+
+    published, ours = small.PUBLISHED[part], written(config())
+    shared = [key for key in published if key in ours and not key.endswith("token_id")]
+    assert {key: ours[key] for key in shared} == {key: published[key] for key in shared}
+    assert set(ours) - set(published) <= {
+        "scaling_factor",
+        "norm_num_groups",
+        "addition_embed_type",
+        "use_linear_projection",
+        "class_embed_type",
+    }
+
+
+def test_a_written_folder_is_the_same_model(sd, tmp_path):
+    export.write_folder(sd, tmp_path / "saved")
+    saved = sample.load(tmp_path / "saved")
+    assert formats.equal(saved, sd)
+    prompts = ["a red star in the style of mosaic", "ein Stern ★"]
+    assert saved.tokenizer(prompts).input_ids == sd.tokenizer(prompts).input_ids
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["unet"]
+    with pytest.raises(sample.UsageError, match="saved exists; delete it or choose another"):
+        export.write_folder(sd, tmp_path / "saved")
+
+
+def test_a_folder_is_never_half_written(sd, tmp_path, monkeypatch):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "write_index", interrupted)
+        export.write_folder(sd, tmp_path / "saved")
+    assert not [*tmp_path.iterdir()]
+
+    (tmp_path / "saved.part").mkdir()  # a killed run's
+    export.write_folder(sd, tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+# ---- the command
 
 
 @pytest.fixture(scope="module")
 def theta(sd):
     """ESD-u's tensors, changed by little and of low rank, as an erasure changes them."""
-    rng, changed = torch.Generator().manual_seed(0), {}
-    for name, tensor in erase.select(sd.unet, "esd-u").items():
-        flat = tensor.detach().flatten(1) if tensor.ndim > 1 else tensor.detach()[:, None]
-        change = torch.randn(len(flat), 2, generator=rng) @ torch.randn(2, flat[0].numel(),
-                                                                        generator=rng)
-        changed[name] = (tensor.detach() + 0.01 * change.view_as(tensor)).half()
+    rng = torch.Generator().manual_seed(0)
+    changed = {}
+    for name, tensor in erase.trainable_copies(sd.unet, "esd-u").items():
+        tensor = tensor.detach()
+        rows = len(tensor)
+        up = torch.randn(rows, 2, generator=rng)
+        down = torch.randn(2, tensor.numel() // rows, generator=rng)
+        changed[name] = (tensor + 0.01 * (up @ down).view_as(tensor)).half()
     return changed
 
 
 @pytest.fixture
-def exported(folder, theta, tmp_path, monkeypatch, capsys):
+def exported(sd, folder, theta, tmp_path, capsys):
     """Runs the command; returns the file that it wrote and what it printed."""
     file = tmp_path / "erased.safetensors"
     settings = {"concepts": ["star"], "method": "esd-u", "model": "some/model", "anchor": None}
-    erase.save(theta, file, settings)
+    erase.save(theta, file, settings, sd)
 
     def run(form, *flags):
         out = tmp_path / ("folder" if form == "folder" else f"{form}.safetensors")
-        monkeypatch.setattr("sys.argv", ["export.py", str(file), "--as", form, "--model",
-                                         str(folder), "--out", str(out), *map(str, flags)])
-        export.main()
+        arguments = [file, "--as", form, "--model", folder, "--out", out, *flags]
+        commands.run(export.main, *arguments)
         return out, capsys.readouterr().out
 
     run.file = file
     return run
 
 
-def weights(model):
-    return model.unet.state_dict()
-
-
-def test_a_folder_and_a_single_file_are_the_erased_model(sd, folder, exported, monkeypatch):
+def test_a_folder_and_a_single_file_are_the_erased_model(sd, folder, exported, tmp_path):
     erased = sample.load_erased(sd, exported.file)
     out, _ = exported("folder")
-    loaded = sample.load(out)
-    for part in sample.PARTS:
-        expected = getattr(erased, part).state_dict()
-        found = getattr(loaded, part).state_dict()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert formats.equal(sample.load(out), erased)
 
     out, _ = exported("single")
-    formats.read_as_small(folder, monkeypatch)
-    loaded = sample.load(out, tokenizer=folder / "tokenizer")
-    for part in sample.PARTS:
-        expected = getattr(erased, part).state_dict()
-        found = getattr(loaded, part).state_dict()
-        assert all(torch.equal(found[name], expected[name].half().float()) for name in expected)
+    tokenizer = str(folder / "tokenizer")
+    configs = sample.read_configs(folder)
+    convert.convert_model(out, tmp_path / "back", tokenizer=tokenizer, configs=configs)
+    half = sample.load(tmp_path / "back", dtype="float16")
+    for part, weights in formats.part_weights(erased).items():
+        halved = {name: tensor.half() for name, tensor in weights.items()}
+        assert formats.same_tensors(formats.part_weights(half)[part], halved)
 
 
-def test_the_official_form(sd, theta, exported):
+def test_the_official_form(theta, exported):
     out, _ = exported("esd")
-    found = load_file(out)
-    assert found.keys() == theta.keys()
-    assert all(torch.equal(found[name], theta[name]) for name in theta)
+    assert formats.same_tensors(load_file(out), theta)
     with safe_open(out, "pt") as opened:
         metadata = opened.metadata()
-    assert metadata == {"format": "erasing-esd-v2", "base_model_id": "some/model",
-                        "train_method": "esd-u", "erase_concept": "star", "erase_from": "star"}
+    assert metadata == {
+        "format": "erasing-esd-v2",
+        "base_model_id": "some/model",
+        "train_method": "esd-u",
+        "erase_concept": "star",
+        "erase_from": "star",
+    }
 
 
 @pytest.mark.parametrize("error", [0.5, 0.05, 0.001])
 def test_a_lora_is_the_change_to_the_stated_error(error, sd, theta, exported):
     """up @ down * alpha / rank, as kohya's form has it; convolutions, too."""
     out, printed = exported("lora", "--error", error)
-    found, start = load_file(out), weights(sd)
+    found = load_file(out)
+    before = sd.unet.state_dict()
     matrices = {name for name, tensor in theta.items() if tensor.ndim > 1}
-    assert len(found) == 3 * len(matrices) and any(theta[name].ndim == 4 for name in matrices)
+    assert len(found) == 3 * len(matrices)
+    assert any(theta[name].ndim == 4 for name in matrices)
     assert f"; {len(theta) - len(matrices)} biases and norms" in printed
-    worst = 0
+
+    largest = 0
     for name in matrices:
         layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        up, down, alpha = (found[f"{layer}.{kind}"].float() for kind in (
-            "lora_up.weight", "lora_down.weight", "alpha"))
+        up = found[f"{layer}.lora_up.weight"].float()
+        down = found[f"{layer}.lora_down.weight"].float()
+        alpha = found[f"{layer}.alpha"]
         assert up.ndim == down.ndim == theta[name].ndim and up.shape[1] == len(down)
-        product = (up.flatten(1) @ down.flatten(1) * alpha / len(down)).view_as(start[name])
-        change = theta[name].float() - start[name]
-        worst = max(worst, ((product - change).norm() / change.norm()).item())
-    assert worst <= error + 1e-3  # float16 of the factors
+        product = (up.flatten(1) @ down.flatten(1) * alpha / len(down)).view_as(before[name])
+        change = theta[name].float() - before[name]
+        largest = max(largest, ((product - change).norm() / change.norm()).item())
+    assert largest <= error + 1e-3  # float16 of the factors
 
 
 def test_the_least_rank_is_taken():
@@ -112,35 +159,33 @@ def test_the_least_rank_is_taken():
         assert (up @ down - a).norm() <= error * a.norm() + 1e-5
 
 
-def test_what_a_lora_cannot_hold_is_refused(sd, folder, tmp_path, monkeypatch, capsys):
-    name, out = "conv_in.bias", tmp_path / "out.safetensors"
-    for change, form, flags, says in (
-            (1.0, "lora", [], "no weight matrix was changed"),
-            (torch.inf, "esd", [], "aren't finite: nothing was written"),
-            (1.0, "lora", ["--error", "2"], "error is 2.0, choose 0 to 1")):
-        save_file({name: weights(sd)[name] + change}, tmp_path / "theta.safetensors")
-        monkeypatch.setattr("sys.argv", [
-            "export.py", str(tmp_path / "theta.safetensors"), "--as", form, "--model", str(folder),
-            "--out", str(out), *flags])
-        with pytest.raises(SystemExit):
-            export.main()
-        assert says in capsys.readouterr().err and not out.exists()
+@pytest.mark.parametrize("change, form, flags, says", [
+    (1.0, "lora", [], "no weight matrix was changed"),
+    (torch.inf, "esd", [], "aren't finite: nothing was written"),
+    (1.0, "lora", ["--error", 2], "error is 2.0, choose 0 to 1"),
+])
+def test_what_can_not_be_written_is_refused(
+    change, form, flags, says, sd, folder, tmp_path, capsys
+):
+    file, out = tmp_path / "theta.safetensors", tmp_path / "out.safetensors"
+    save_file({"conv_in.bias": sd.unet.conv_in.bias + change}, file)
+    arguments = [file, "--as", form, "--model", folder, "--out", out, *flags]
+    assert says in commands.refusal(capsys, export.main, *arguments)
+    assert not out.exists()
 
 
-def test_an_existing_file_stays(exported, capsys):
-    exported("lora")
-    with pytest.raises(SystemExit):
-        exported("lora")
-    assert "can't be written: choose a new" in capsys.readouterr().err
+@pytest.mark.parametrize("form", ["lora", "folder"])
+def test_an_existing_output_stays(form, exported, capsys):
+    out, _ = exported(form)
+    text = commands.refusal(capsys, partial(exported, form))
+    assert f"{out} exists; delete it or choose another" in text
 
 
-def test_files_that_erase_did_not_write(sd, folder, tmp_path, monkeypatch):
+def test_files_that_erase_did_not_write(folder, tmp_path):
     """The settings are unknown, the weights aren't."""
-    save_file({"conv_in.bias": torch.ones(32)}, tmp_path / "other.safetensors")
-    out = tmp_path / "esd.safetensors"
-    monkeypatch.setattr("sys.argv", ["export.py", str(tmp_path / "other.safetensors"), "--as",
-                                     "esd", "--model", str(folder), "--out", str(out)])
-    export.main()
+    file, out = tmp_path / "other.safetensors", tmp_path / "esd.safetensors"
+    save_file({"conv_in.bias": torch.ones(32)}, file)
+    commands.run(export.main, file, "--as", "esd", "--model", folder, "--out", out)
     assert load_file(out)["conv_in.bias"].tolist() == [1.0] * 32
     with safe_open(out, "pt") as opened:
-        assert json.loads(json.dumps(opened.metadata()))["erase_concept"] == ""
+        assert opened.metadata()["erase_concept"] == ""

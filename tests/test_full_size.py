@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sample
-from notebooks.tools import export
+from notebooks.tools import convert, export
 from support import formats, hub, parity, small
-from test_formats import ROOT
 
 pytestmark = pytest.mark.full_size
 DIGEST = """
@@ -37,7 +36,7 @@ def digest(sd: sample.StableDiffusion) -> str:
 
 
 def tokenizer(folder):
-    """As many tokens as CLIP's tokenizer, which isn't downloaded; each is a letter or nothing."""
+    """Writes a tokenizer with as many tokens as CLIP's; each is a letter or nothing."""
     folder.mkdir(parents=True)
     letters = [chr(97 + i) + end for end in ("", "</w>") for i in range(26)]
     words = letters + [f"<{i}>" for i in range(49408 - len(letters) - 2)]
@@ -48,7 +47,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """diffusers' layout, float32: 4.3 GB."""
+    """Writes diffusers' layout, float32: 4.3 GB."""
     root = tmp_path_factory.mktemp("full") / "folder"
     tokenizer(root / "tokenizer")
     for part, (config, model) in parity.CLASSES.items():
@@ -80,6 +79,21 @@ def scratch(folder):
     shutil.rmtree(path)
 
 
+@pytest.fixture
+def converted(folder, scratch):
+    """Converts a source and removes it; returns the folder that was written."""
+
+    def run(source, **options):
+        if source.is_file():
+            options["tokenizer"] = str(folder / "tokenizer")
+        convert.convert_model(source, scratch / "converted", **options)
+        remove = shutil.rmtree if source.is_dir() else os.remove
+        remove(source)
+        return scratch / "converted"
+
+    return run
+
+
 def test_a_folder_gives_the_files_tensors(folder, sd):
     for part, weights in formats.part_weights(sd).items():
         stored = load_file(folder / part / sample.PARTS[part].files[0])
@@ -97,45 +111,46 @@ def test_outputs_equal_the_reference(sd):
             assert off < 1e-4, (name, off)
 
 
-def test_a_folder_of_2022_with_pickles(folder, expected, scratch):
+def test_a_folder_of_2022_with_pickles(folder, expected, scratch, converted):
     copy = formats.write_folder(folder, scratch / "old", ".bin", torch.float32, old=True)
-    assert digest(sample.load(copy)) == expected
+    assert digest(sample.load(converted(copy))) == expected
 
 
 def test_a_folder_in_half_precision(folder, sd, scratch):
     copy = formats.write_folder(folder, scratch / "half", ".fp16.safetensors", torch.float16, True)
-    half = sample.load(copy, dtype="float16")
-    assert all(torch.equal(weights[name].half(), found[name]) for weights, found in zip(
-        formats.part_weights(sd).values(), formats.part_weights(half).values()) for name in weights)
+    half = formats.part_weights(sample.load(copy, dtype="float16"))
+    for part, weights in formats.part_weights(sd).items():
+        for name, tensor in weights.items():
+            assert torch.equal(tensor.half(), half[part][name]), name
 
 
-def test_a_single_safetensors_file(folder, sd, expected, scratch):
+def test_a_single_safetensors_file(sd, expected, scratch, converted):
     save_file(formats.compvis_weights(sd), scratch / "v1.safetensors")
-    loaded = sample.load(scratch / "v1.safetensors", tokenizer=folder / "tokenizer")
-    assert digest(loaded) == expected
+    assert digest(sample.load(converted(scratch / "v1.safetensors"))) == expected
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_a_ckpt(ema, folder, sd, expected, scratch, monkeypatch):
+def test_a_ckpt(ema, sd, expected, scratch, converted, monkeypatch):
     tensors = formats.compvis_weights(sd, ema)
     assert len(tensors) == (1831 if ema else 1145) - 9  # of 12 schedule buffers, 3 are written
     formats.write_ckpt(tensors, scratch / "v1.ckpt", monkeypatch)
-    loaded = sample.load(scratch / "v1.ckpt", tokenizer=folder / "tokenizer", ema=ema)
-    assert digest(loaded) == expected
+    assert digest(sample.load(converted(scratch / "v1.ckpt", ema=ema))) == expected
 
 
 def test_the_hub(folder, expected, scratch):
     (scratch / "hub" / "someone").mkdir(parents=True)
     (scratch / "hub" / "someone" / "v1").symlink_to(folder)
-    server = hub.Hub(scratch / "hub")
-    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(scratch / "home"),
-                                "HF_HUB_OFFLINE": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    try:
-        printed = subprocess.run([sys.executable, "-c", DIGEST, "someone/v1"], cwd=scratch,
-                                 env=environment, check=True, capture_output=True, text=True)
-    finally:
-        server.shutdown()
-        server.server_close()
+    with hub.serving(scratch / "hub") as server:
+        environment = server.environment(scratch / "home")
+        environment["PYTHONPATH"] = f"{hub.ROOT}:{hub.ROOT / 'tests'}"
+        printed = subprocess.run(
+            [sys.executable, "-c", DIGEST, "someone/v1"],
+            cwd=scratch,
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
     assert printed.stdout.strip() == expected
 
 

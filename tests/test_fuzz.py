@@ -1,6 +1,8 @@
-"""Damaged files and killed commands. The long run: python -m pytest tests -m fuzz
+"""Damaged files, disks that take nothing, and killed commands.
 
-A damaged file loads, or is refused in one line. What a killed command leaves is whole, and the
+    python -m pytest tests/test_fuzz.py -m "robustness or fuzz"
+
+A damaged file loads, or is refused in one line. What a killed command leaves can be read, and the
 same command again ends in the same bits.
 """
 
@@ -14,6 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,31 +26,29 @@ from safetensors.torch import load_file, save_file
 
 import erase
 import sample
-from notebooks.tools import table
+from notebooks.tools import convert, table
+from sample import UsageError
 from support import formats
 
+# ---- damage
 
-def some(first, stop, step):
-    """Numbers of cases: the first few of them for every test run, the rest for the long one."""
-    return [first, *(pytest.param(i, marks=pytest.mark.fuzz) for i in range(step, stop, step))]
-
-
-# Damaged files
 
 def cut(data, rng):
-    return data[:rng.integers(len(data))]
+    return data[: rng.integers(len(data))]
 
 
 def flip(data, rng):
-    data, at = bytearray(data), rng.integers(len(data), size=rng.integers(1, 9))
-    for i in at:
-        data[i] ^= 1 << rng.integers(8)
-    return bytes(data)
+    """Changes a few bits."""
+    changed = bytearray(data)
+    for i in rng.integers(len(data), size=rng.integers(1, 9)):
+        changed[i] ^= 1 << rng.integers(8)
+    return bytes(changed)
 
 
 def zero(data, rng):
-    start, count = rng.integers(len(data)), rng.integers(1, 1 + len(data) // 2)
-    return data[:start] + bytes(len(data[start:start + count])) + data[start + count:]
+    start = rng.integers(len(data))
+    end = min(len(data), start + rng.integers(1, 1 + len(data) // 2))
+    return data[:start] + bytes(end - start) + data[end:]
 
 
 def extend(data, rng):
@@ -60,94 +61,129 @@ def swap(data, rng):
 
 
 DAMAGES = (cut, flip, zero, extend, swap)
-VALUES = (None, True, -1, 0, 1, 3, 10**9, 10**30, 1e308, float("nan"), "x", "", [], [1], [1] * 99,
-          {}, {"a": 1}, "8", 0.5)
+VALUES = (  # of a config's entry
+    None, True, -1, 0, 1, 3, 10**9, 10**30, 1e308, float("nan"), "x", "", [], [1], [1] * 99,
+    {}, {"a": 1}, "8", 0.5,
+)
 
 
-def near_start(data, rng):
-    """Half of all damage is where a format keeps its names and sizes."""
+def damaged(data, rng):
+    """Half of all damage is near the start, where a format keeps its names and sizes."""
     damage = DAMAGES[rng.integers(len(DAMAGES))]
     if rng.random() < 0.5 or len(data) < 3000:
         return damage(data, rng)
-    return damage(data[:3000], rng) + (b"" if damage is cut else data[3000:])
+    rest = b"" if damage is cut else data[3000:]
+    return damage(data[:3000], rng) + rest
 
 
-def edit_config(file, rng):
-    config = json.loads(file.read_text())
+def with_another_entry(data, rng):
+    """Returns a config in which one entry is missing or has an odd value."""
+    config = json.loads(data)
     key = [*config][rng.integers(len(config))]
+    value = VALUES[rng.integers(len(VALUES))]
     if rng.random() < 0.2:
         del config[key]
     else:
-        config[key] = VALUES[rng.integers(len(VALUES))]
-    file.unlink()
-    file.write_text(json.dumps(config))
+        config[key] = value
+    return json.dumps(config).encode()
+
+
+# ---- damaged files
 
 
 @pytest.fixture(scope="module")
 def targets(folder, sd, tmp_path_factory):
     """One folder with all that is damaged: a model folder, single files, erased weights."""
-    root = tmp_path_factory.mktemp("whole")
+    root = tmp_path_factory.mktemp("undamaged")
     shutil.copytree(folder, root / "model")
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
     (root / "model" / "scheduler").mkdir()
-    (root / "model" / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps({"beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}))
+    (root / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+
     shutil.copytree(folder / "tokenizer", root / "tokenizer")
     weights = formats.compvis_weights(sd)
     with pytest.MonkeyPatch.context() as patch:
         formats.write_ckpt(weights, root / "zip.ckpt", patch)
         formats.write_ckpt(weights, root / "old.ckpt", patch, zipped=False)
     save_file(weights, root / "single.safetensors")
+
     theta = {name: tensor for name, tensor in sd.unet.state_dict().items() if "attn2" in name}
     save_file(theta, root / "erased.safetensors", {"settings": "{}"})
     torch.save(theta, root / "erased.pt")
     return root
 
 
-@pytest.mark.parametrize("first", some(0, 2050, 50))
-def test_a_damaged_file_loads_or_is_refused_in_one_line(first, targets, sd, tmp_path, monkeypatch):
-    formats.read_as_small(targets / "model", monkeypatch)
-    files = [file.relative_to(targets) for file in sorted(targets.rglob("*.*")) if file.is_file()]
-    configs = [file for file in files if file.name.endswith("config.json")]
-    for case in range(first, first + (50 if first else 15)):
-        rng, work = np.random.default_rng(case), tmp_path / str(case)
-        shutil.copytree(targets, work, copy_function=os.link)  # links: only one file is changed
-        edited = rng.random() < 0.25
-        among = configs if edited else files
-        name = among[rng.integers(len(among))]
-        file, data = work / name, (targets / name).read_bytes()
-        if edited:
-            edit_config(file, rng)
-        else:
-            file.unlink()
-            file.write_bytes(near_start(data, rng))
-        before, began = {*work.rglob("*")}, time.monotonic()
+def use(name: Path, work: Path, out: Path, sd: sample.StableDiffusion) -> None:
+    """Loads or converts what the file `name` in the folder `work` belongs to."""
+    configs = {part: getattr(sd, part).config for part in sample.PARTS}
+    if name.parts[0] == "model":
+        sample.load(work / "model")
+    elif name.suffix == ".pt":
+        convert.convert_erased(work / name, out / "erased.safetensors", configs["unet"])
+        sample.load_erased(sd, out / "erased.safetensors")
+    elif name.stem == "erased":
+        sample.load_erased(sd, work / name)
+    else:
+        single = "zip.ckpt" if name.parts[0] == "tokenizer" else name
+        convert.convert_model(work / single, out / "converted", configs=configs)
+        sample.load(out / "converted")
+
+
+def damage_one_file(case: int, targets: Path, work: Path) -> Path:
+    """Copies all files to `work`, one of them damaged; returns that one's name."""
+    rng = np.random.default_rng(case)
+    names = [file.relative_to(targets) for file in sorted(targets.rglob("*.*")) if file.is_file()]
+    change = damaged
+    if rng.random() < 0.25:
+        change = with_another_entry
+        names = [name for name in names if name.name.endswith("config.json")]
+    name = names[rng.integers(len(names))]
+
+    shutil.copytree(targets, work, copy_function=os.link)  # links: only one file is changed
+    (work / name).unlink()
+    (work / name).write_bytes(change((targets / name).read_bytes(), rng))
+    return name
+
+
+FIFTIES = [pytest.param(range(i, i + 50), marks=pytest.mark.fuzz) for i in range(50, 2050, 50)]
+
+
+@pytest.mark.parametrize("cases", [range(15), *FIFTIES], ids=lambda cases: f"from {cases.start}")
+def test_a_damaged_file_loads_or_is_refused_in_one_line(cases, targets, sd, tmp_path):
+    for case in cases:
+        work = tmp_path / f"{case}"
+        out = tmp_path / f"{case}-out"
+        out.mkdir()
+        name = damage_one_file(case, targets, work)
+        before = {*work.rglob("*")}
+        began = time.monotonic()
         try:
-            if name.stem == "erased":
-                sample.load_erased(sd, file)
-            else:
-                inside = name.parts[0] in ("model", "tokenizer")
-                sample.load(work / ("model" if name.parts[0] == "model" else
-                                    "zip.ckpt" if inside else name))
-        except ValueError as error:
+            use(name, work, out, sd)
+        except UsageError as error:
             assert "\n" not in str(error), (case, name, error)
+            assert not [*out.iterdir()], (case, name)
         except Exception:
             pytest.fail(f"case {case}, {name}:\n{traceback.format_exc()}")
-        assert time.monotonic() - began < 20 and {*work.rglob("*")} == before, (case, name)
+
+        assert time.monotonic() - began < 20, (case, name)
+        assert {*work.rglob("*")} == before, (case, name)
         shutil.rmtree(work)
+        shutil.rmtree(out)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4e6  # kB
 
 
-# Disks
+# ---- disks
+
 
 @pytest.fixture
 def disk(tmp_path):
-    """Mounts a small disk with an old file on it, full or read-only."""
+    """Mounts a small disk."""
     at = tmp_path / "disk"
     at.mkdir()
 
     def mount(*options):
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", at],
-                          capture_output=True).returncode:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", at]
+        if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("only root can mount a disk")
         return at
 
@@ -155,8 +191,8 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", at], capture_output=True)  # torch may hold a file open
 
 
-@pytest.mark.parametrize("command", [erase.main, *(
-    pytest.param(main, marks=pytest.mark.fuzz) for main in (sample.main, table.main))])
+@pytest.mark.robustness
+@pytest.mark.parametrize("command", [erase.main, sample.main, table.main])
 @pytest.mark.parametrize("full", [True, False])
 def test_a_disk_that_takes_nothing(command, full, folder, disk, tmp_path, monkeypatch, capsys):
     """A full one, and one that is read-only, as a folder without write permission is."""
@@ -164,23 +200,50 @@ def test_a_disk_that_takes_nothing(command, full, folder, disk, tmp_path, monkey
     (at / "old.png").write_bytes(b"old")
     if not full:
         subprocess.run(["mount", "-o", "remount,ro", at], check=True)
-    (tmp_path / "t.csv").write_text("prompt,evaluation_seed\n" + "a star,1\n" * 2)
-    arguments = {sample.main: ["a star", "--num", 4, "--out", at / "old.png"],
-                 erase.main: ["star", "--iterations", 4, "--out", at / "new.safetensors"],
-                 table.main: [tmp_path / "t.csv", "--num", 4, "--out", at / "images"]}[command]
-    monkeypatch.setattr("sys.argv", ["command", *map(str, arguments), "--model", str(folder),
-                                     "--steps", "2"])
+
+    rows = tmp_path / "t.csv"
+    rows.write_text("prompt,evaluation_seed\n" + "a star,1\n" * 2)
+    arguments = {
+        sample.main: ["a star", "--num", 4, "--out", at / "old.png"],
+        erase.main: ["star", "--iterations", 4, "--out", at / "new.safetensors"],
+        table.main: [rows, "--num", 4, "--out", at / "images"],
+    }[command]
+    model = ["--model", str(folder), "--steps", "2"]
+    monkeypatch.setattr("sys.argv", ["command", *map(str, arguments), *model])
     with pytest.raises(SystemExit) as stopped:
         command()
-    error = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
-    assert stopped.value.code == 2 and error[-1].startswith("error: "), error
+
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2
+    assert error.startswith("error: ")
     assert (at / "old.png").read_bytes() == b"old"
     assert not [file for file in at.rglob("*") if file.suffix in (".part", ".safetensors")]
 
 
-# Killed commands
+# ---- killed commands
 
-def in_a_child(main, arguments, log, signum=None, after=0.0):
+
+class Command(NamedTuple):
+    main: Callable
+    arguments: list
+    out: Path  # the folder that it writes to
+    result: str = ""  # a file that exists when the command is through; "": it goes on by itself
+
+
+def erase_command(folder, out):
+    words = ["star", "--model", folder, "--iterations", 12, "--steps", 2, "--lr", 1e-3]
+    words += ["--out", out / "star.safetensors"]
+    return Command(erase.main, words, out, result="star.safetensors")
+
+
+def table_command(folder, out):
+    rows = out.parent / "t.csv"
+    rows.write_text("prompt,evaluation_seed\n" + "a star,1\na heart,2\n" * 3)
+    words = [rows, "--model", folder, "--steps", 2, "--num", 2, "--batch", 2, "--out", out]
+    return Command(table.main, words, out)
+
+
+def in_a_child(command, log, *flags, signum=None, after=0.0):
     """Runs a command in a forked process, which gets a signal after some seconds; its status."""
     pid = os.fork()
     if not pid:
@@ -189,13 +252,14 @@ def in_a_child(main, arguments, log, signum=None, after=0.0):
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.argv = ["command", *map(str, arguments)]
-            main()
+            sys.argv = ["command", *map(str, [*command.arguments, *flags])]
+            command.main()
             status = 0
         except SystemExit as stopped:
             status = stopped.code
         finally:
             os._exit(status)
+
     if signum:
         time.sleep(after)
         os.kill(pid, signum)
@@ -203,54 +267,92 @@ def in_a_child(main, arguments, log, signum=None, after=0.0):
 
 
 def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def whole(folder):
-    """Every file but one that was being written can be read to its end."""
+    """Reads every file to its end, but one that was being written: pixels and tensors, by name."""
+    found = {}
     for file in folder.iterdir():
         if file.suffix == ".png":
-            Image.open(file).load()
+            found[file.name] = Image.open(file).tobytes()
         elif file.suffix == ".safetensors":
-            load_file(file)
+            tensors = load_file(file)
+            found[file.name] = {name: tensor.tolist() for name, tensor in tensors.items()}
         elif file.suffix == ".checkpoint":
-            torch.load(file, weights_only=True)
+            found[file.name] = torch.load(file, weights_only=True)["done"]
         else:
-            assert file.suffix == ".part"
+            assert file.suffix == ".part", file
+    return found
 
 
-def erase_command(folder, out):
-    return erase.main, ["star", "--model", folder, "--iterations", 12, "--steps", 2, "--lr", 1e-3,
-                        "--out", out / "star.safetensors"]
+def go_on(command, log, case):
+    """Does what is left to do after a command was killed."""
+    checkpoint = [*command.out.glob("*.checkpoint")]
+    finished = command.result and (command.out / command.result).exists()
+    if checkpoint:
+        assert in_a_child(command, log, "--resume") == 0, (case, log.read_text())
+    elif finished:
+        assert in_a_child(command, log) == 2, (case, log.read_text())  # it exists
+    else:
+        assert in_a_child(command, log) == 0, (case, log.read_text())
 
 
-def table_command(folder, out):
-    (out.parent / "t.csv").write_text("prompt,evaluation_seed\n" + "a star,1\na heart,2\n" * 3)
-    return table.main, [out.parent / "t.csv", "--model", folder, "--steps", 2, "--num", 2,
-                        "--batch", 2, "--out", out]
+FIVES = [pytest.param(range(i, i + 5), marks=pytest.mark.fuzz) for i in range(5, 105, 5)]
 
 
-@pytest.mark.parametrize("command", [pytest.param(erase_command, marks=pytest.mark.fuzz),
-                                     table_command])
-@pytest.mark.parametrize("first", some(0, 105, 5))
-def test_a_killed_command_goes_on(first, command, folder, tmp_path):
-    out, log = tmp_path / "out", tmp_path / "log"
+@pytest.mark.parametrize("make", [erase_command, table_command])
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param(range(2), marks=pytest.mark.robustness), *FIVES],
+    ids=lambda cases: f"from {cases.start}",
+)
+def test_a_killed_command_goes_on(cases, make, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(erase, "SAVE_EVERY", 2)
+    out = tmp_path / "out"
     out.mkdir()
-    main, arguments = command(folder, out)
+    command = make(folder, out)
+    log = tmp_path / "log"
     began = time.monotonic()
-    assert in_a_child(main, arguments, log) == 0, log.read_text()
-    takes, expected = time.monotonic() - began, contents(out)
-    for case in range(first, first + (5 if first else 1)):
+    assert in_a_child(command, log) == 0, log.read_text()
+    takes = time.monotonic() - began
+    expected = contents(out)
+
+    for case in cases:
         shutil.rmtree(out)
         out.mkdir()
         rng = np.random.default_rng(case)
         signum = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[case % 3]
-        status = in_a_child(main, arguments, log, signum, rng.uniform(0, takes))
+        status = in_a_child(command, log, signum=signum, after=rng.uniform(0, takes))
         # 2: in a library's own code, an interrupt may come out as that library's error
         assert status in (0, 2, 130, -signum), (case, log.read_text())
-        whole(out)
+        contents(out)  # can be read
         assert not [*out.glob("*.part")] or signum == signal.SIGKILL, case
-        done = (out / "star.safetensors").exists()  # then only its checkpoint can be left
-        again = in_a_child(main, arguments, log)
-        assert again == (2 if done else 0), (case, log.read_text())
+
+        go_on(command, log, case)
         assert contents(out) == expected, case
+
+
+@pytest.mark.robustness
+def test_a_run_that_is_killed_half_way_is_resumed_to_the_same_bits(folder, tmp_path, monkeypatch):
+    """Here the signal comes when a checkpoint has been written, whatever the machine's speed."""
+    monkeypatch.setattr(erase, "SAVE_EVERY", 2)
+    out = tmp_path / "out"
+    out.mkdir()
+    command = erase_command(folder, out)
+    log = tmp_path / "log"
+    assert in_a_child(command, log) == 0, log.read_text()
+    expected = contents(out)
+    shutil.rmtree(out)
+    out.mkdir()
+
+    save_checkpoint = erase.save_checkpoint
+
+    def killed(path, settings, done, *state):
+        save_checkpoint(path, settings, done, *state)
+        if done == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(erase, "save_checkpoint", killed)
+        assert in_a_child(command, log) == -signal.SIGKILL, log.read_text()
+    assert contents(out) == {"star.checkpoint": 6}
+
+    assert in_a_child(command, log, "--resume") == 0, log.read_text()
+    assert contents(out) == expected

@@ -1,38 +1,59 @@
 """notebooks/methods: what ESD is compared with, each against its published equations."""
 
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Generator, Tensor
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import ddim
 import erase
 import sample
-from notebooks.methods import (adversarial_esd, concept_ablation, esd_from, esd_in_contexts, rece,
-                               safe_latent_diffusion, uce)
-from notebooks.methods.safe_latent_diffusion import Safety
-from support import small
-from test_sample import pixels
+from notebooks.methods import (
+    adversarial_esd,
+    checkpointed,
+    concept_ablation,
+    esd_from,
+    esd_in_contexts,
+    rece,
+    safe_latent_diffusion,
+    uce,
+)
+from notebooks.methods.safe_latent_diffusion import SETTINGS, SafePredictor, Safety
+from support import commands, small
 
 
 def tensor(*values: float) -> Tensor:
-    """One value per sample: (B, 1, 1, 1)."""
+    """Returns one value per sample, (B, 1, 1, 1)."""
     return torch.tensor(values, dtype=torch.float64)[:, None, None, None]
 
 
 def features(batch: int, *values: float) -> list[Tensor]:
-    """Text features, one tensor for each value."""
+    """Returns text features, one tensor for each value."""
     return [torch.full((batch, 77, 8), value) for value in values]
 
 
-# Safe Latent Diffusion
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+# ---- Safe Latent Diffusion
+
 
 def test_safe_direction_by_hand():
     """One element for each case: above the threshold, below it and small, below it and clamped."""
     safety = Safety(delta=0, scale=2.0, threshold=0.1, momentum_scale=0.5, beta=0.25)
-    eps_null, eps_c, eps_s = tensor(1, 1, 1), tensor(4, 2, 0), tensor(3, 2.2, 3)
     gamma, momentum = safe_latent_diffusion.safe_direction(
-        eps_null, eps_c, eps_s, tensor(8, 4, 2), safety)
+        eps_null=tensor(1, 1, 1), eps_c=tensor(4, 2, 0), eps_s=tensor(3, 2.2, 3),
+        momentum=tensor(8, 4, 2), safety=safety,
+    )
+
     mu = (0, 2 * 0.2, 1)  # eps_c - eps_s is 1, -0.2, -3
     expected = tensor(mu[0] * 2 + 0.5 * 8, mu[1] * 1.2 + 0.5 * 4, mu[2] * 2 + 0.5 * 2)
     torch.testing.assert_close(gamma, expected)
@@ -40,14 +61,20 @@ def test_safe_direction_by_hand():
 
 
 def test_a_difference_that_equals_the_threshold_is_safe():
+    safety = Safety(delta=0, scale=1000, threshold=0.5, momentum_scale=0, beta=0)
     gamma, _ = safe_latent_diffusion.safe_direction(
-        tensor(1), tensor(2.5), tensor(2), tensor(0), Safety(0, 1000, 0.5, 0, 0))
+        eps_null=tensor(1), eps_c=tensor(2.5), eps_s=tensor(2), momentum=tensor(0), safety=safety
+    )
     assert gamma == tensor(0)
 
 
 def official_sld(eps_null, predictions, guidance, warmup, scale, threshold, momentum_scale, beta):
-    """The official code's operations in its order, for one element: a list of guided eps."""
-    momentum, made = 0.0, []
+    """Returns a list of guided eps: the official code's operations in its order, for one element.
+
+    predictions: pairs, for the text and for the concept.
+    """
+    momentum = 0.0
+    guided = []
     for i, (text, concept) in enumerate(predictions):
         direction = text - eps_null
         strength = min(abs(text - concept) * scale, 1.0)
@@ -56,71 +83,96 @@ def official_sld(eps_null, predictions, guidance, warmup, scale, threshold, mome
         momentum = beta * momentum + (1 - beta) * safety
         if i >= warmup:
             direction = direction - safety
-        made.append(eps_null + guidance * direction)
-    return made
+        guided.append(eps_null + guidance * direction)
+    return guided
 
 
-@pytest.mark.parametrize("name, official", [
-    ("weak", (15, 200, 0.0, 0.0, 0.0)), ("medium", (10, 1000, 0.01, 0.3, 0.4)),
-    ("strong", (7, 2000, 0.025, 0.5, 0.7)), ("max", (0, 5000, 1.0, 0.5, 0.7))])
+@pytest.mark.parametrize(
+    "name, official",
+    [
+        ("weak", (15, 200, 0.0, 0.0, 0.0)),
+        ("medium", (10, 1000, 0.01, 0.3, 0.4)),
+        ("strong", (7, 2000, 0.025, 0.5, 0.7)),
+        ("max", (0, 5000, 1.0, 0.5, 0.7)),
+    ],
+)
 def test_fifty_steps_equal_the_official_arithmetic(name, official):
-    generator = torch.Generator().manual_seed(0)
-    predictions = [(text, text + 0.01 * off) for text, off in
-                   torch.randn(50, 2, generator=generator, dtype=torch.float64).tolist()]
     eps_null = 0.3
-    answers = iter(tensor(eps_null, *both) for both in predictions)
-    away = safe_latent_diffusion.guided(torch.zeros(1, 77, 8), name)
-    predict = away(lambda x_t, t, text: next(answers), *[torch.zeros(1, 77, 8)] * 2, 7.5)
-    made = [predict(tensor(0), t).item() for t in ddim.timesteps(50)]
-    assert made == pytest.approx(official_sld(eps_null, predictions, 7.5, *official), abs=1e-12)
+    pairs = torch.randn(50, 2, generator=seeded(), dtype=torch.float64).tolist()
+    predictions = [(text, text + 0.01 * difference) for text, difference in pairs]
+    answers = iter([tensor(eps_null, *both) for both in predictions])
+
+    (zeros,) = features(1, 0.0)
+    predict = SafePredictor(
+        lambda x_t, t, text: next(answers), text=zeros, null=zeros, guidance=7.5,
+        concept=zeros, safety=SETTINGS[name],
+    )
+    guided = [predict(tensor(0), torch.tensor(t)).item() for t in ddim.timesteps(50)]
+    expected = official_sld(eps_null, predictions, 7.5, *official)
+    assert guided == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_unet_is_called_once_for_all_three_texts(monkeypatch):
-    unet, (safe,), (null, text) = small.FakeUNet(), features(1, 4.0), features(2, 1.0, 3.0)
-    monkeypatch.setitem(safe_latent_diffusion.SETTINGS, "own", Safety(0, 1000, 0.0, 0, 0))
-    predict = safe_latent_diffusion.guided(safe, "own")(unet, text, null, 2.0)
-    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    # mu is 1, since eps_c - eps_s is -1
-    torch.testing.assert_close(predict(x_t, 981), x_t + 1 + 2 * (3 - 1 - (4 - 1)))
+def test_the_unet_is_called_once_for_all_three_texts():
+    unet = small.FakeUNet()
+    null, text, concept = features(1, 1.0, 3.0, 4.0)
+    null, text = null.expand(2, -1, -1), text.expand(2, -1, -1)
+    safety = Safety(delta=0, scale=1000, threshold=0.0, momentum_scale=0, beta=0)
+    predict = SafePredictor(unet, text, null, guidance=2.0, concept=concept, safety=safety)
+
+    x_t = torch.randn(2, 4, 8, 8, generator=seeded())
+    eps = predict(x_t, 981)
+    torch.testing.assert_close(eps, x_t + 1 + 2 * (3 - 1 - (4 - 1)))  # eps_c - eps_s = -1: mu is 1
     assert unet.calls == [(6, 981)]
 
 
 @pytest.mark.parametrize("steps, first", [(50, 10), (10, 2), (20, 4)])
-def test_gamma_counts_from_the_same_time_with_fewer_steps(steps, first, monkeypatch):
-    null, text, safe = features(1, 1.0, 3.0, 4.0)
-    monkeypatch.setitem(safe_latent_diffusion.SETTINGS, "own", Safety(10, 1000, 0.0, 0, 0))
-    predict = safe_latent_diffusion.guided(safe, "own")(small.FakeUNet(), text, null, 2.0)
-    made = [predict(torch.zeros(1, 4, 8, 8), t).mean().item() for t in ddim.timesteps(steps)]
-    assert made == pytest.approx([5.0] * first + [-1.0] * (steps - first))
+def test_gamma_counts_from_the_same_time_with_fewer_steps(steps, first):
+    null, text, concept = features(1, 1.0, 3.0, 4.0)
+    safety = Safety(delta=10, scale=1000, threshold=0.0, momentum_scale=0, beta=0)
+    predict = SafePredictor(
+        small.FakeUNet(), text, null, guidance=2.0, concept=concept, safety=safety
+    )
+
+    x_t = torch.zeros(1, 4, 8, 8)
+    means = [predict(x_t, t).mean().item() for t in ddim.timesteps(steps)]
+    assert means == pytest.approx([5.0] * first + [-1.0] * (steps - first))
 
 
 def test_generate_samples_with_it(sd):
-    """Compared with the function itself, called with the three texts by hand."""
-    c, null, safe = (sd.encode([text]) for text in ("a star", "a moon", "a heart"))
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    predict = safe_latent_diffusion.guided(safe, "max")(sd.unet, c, null, 4)
+    """Compared with the predictor itself, called with the three texts by hand."""
+    c, null, concept = (sd.encode([prompt]) for prompt in ("a star", "a moon", "a heart"))
+    strongest = partial(SafePredictor, concept=concept, safety=SETTINGS["max"])
+    noise = torch.randn(1, 4, 8, 8, generator=seeded(3))
     with torch.no_grad():
-        *_, (_, x_0) = ddim.denoise(predict, noise, 3)
+        *_, (_, x_0) = ddim.denoise(strongest(sd.unet, c, null, 4), noise, 3)
 
-    def made(**how):
-        return pixels(sample.generate(sd, ["a star"], seed=3, steps=3, guidance=4,
-                                      negative="a moon", **how))
+    def generated(**settings):
+        images = sample.generate(
+            sd, ["a star"], seed=3, steps=3, guidance=4, negative="a moon", **settings
+        )
+        return commands.pixels(images)
 
-    away = made(guided=safe_latent_diffusion.guided(safe, "max"))
-    assert torch.equal(away, pixels(sd.decode(x_0)))
-    for other in ({}, {"guided": safe_latent_diffusion.guided(safe, "weak")},
-                  {"guided": safe_latent_diffusion.guided(sd.encode(["a circle"]), "max")}):
-        assert not torch.equal(away, made(**other))
+    away = generated(predictor=strongest)
+    assert torch.equal(away, commands.pixels(sd.decode(x_0)))
+
+    weak = partial(SafePredictor, concept=concept, safety=SETTINGS["weak"])
+    from_circle = partial(strongest, concept=sd.encode(["a circle"]))
+    assert not torch.equal(away, generated())
+    assert not torch.equal(away, generated(predictor=weak))
+    assert not torch.equal(away, generated(predictor=from_circle))
 
 
 def test_each_batch_begins_with_no_momentum(sd):
-    away = safe_latent_diffusion.guided(sd.encode(["a heart"]), "max")
-    alone, together = (pixels(sample.generate(sd, ["a star"] * 2, seed=[0, 1], steps=3,
-                                              batch=batch, guided=away)) for batch in (1, 2))
-    assert (alone - together).abs().max() <= 1
+    away = partial(SafePredictor, concept=sd.encode(["a heart"]), safety=SETTINGS["max"])
+    alone, together = (
+        sample.generate(sd, ["a star"] * 2, seed=[0, 1], steps=3, batch=batch, predictor=away)
+        for batch in (1, 2)
+    )
+    assert commands.difference(alone, together) <= 1
 
 
-# A concept out of a wider one
+# ---- a concept out of a wider one
+
 
 def test_esd_from_by_hand():
     """The teacher predicts 3 for the concept, 1 for null, 10 for the anchor; the student 0 or 5."""
@@ -131,7 +183,8 @@ def test_esd_from_by_hand():
         return torch.ones_like(x_t) * c[:, :1, :1, None]
 
     def student(x_t, t, c):
-        assert c is text.anchor and torch.is_grad_enabled()
+        assert c is text.anchor
+        assert torch.is_grad_enabled()
         return torch.ones_like(x_t) * tensor(0.0, 5.0)
 
     x_t, t = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2])
@@ -140,9 +193,9 @@ def test_esd_from_by_hand():
 
 
 def test_without_an_anchor_its_eta_is_one_more_than_esds(sd):
-    star, null = sd.encode(["a star"]), sd.encode([""])
-    text, t = erase.Text(star, null, star), torch.tensor([1])
-    x_t, other = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    (text,) = erase.texts_for(sd, ["a star"], batch=1)
+    t = torch.tensor([1])
+    x_t, other = torch.randn(2, 1, 4, 8, 8, generator=seeded())
 
     def student(x_t, t, c):
         return sd.unet(x_t + other, t, c)
@@ -150,10 +203,12 @@ def test_without_an_anchor_its_eta_is_one_more_than_esds(sd):
     ours = erase.esd_loss(student, sd.unet, x_t, t, text, eta=1.5)
     official = esd_from.loss(student, sd.unet, x_t, t, text, eta=2.5)
     torch.testing.assert_close(ours, official)
-    assert not torch.allclose(ours, esd_from.loss(student, sd.unet, x_t, t, text, eta=1.5))
+    same_eta = esd_from.loss(student, sd.unet, x_t, t, text, eta=1.5)
+    assert not torch.allclose(ours, same_eta)
 
 
-# Closed forms, against the published formulas written out with loops
+# ---- closed forms, against the published formulas written out with loops
+
 
 def columns(seed: int, n: int, dim: int = 5) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).randn(dim, n))
@@ -162,153 +217,204 @@ def columns(seed: int, n: int, dim: int = 5) -> Tensor:
 def uce_by_loops(W, c_e, c_g, c_p, lam, s):
     """UCE, eq. 7, element by element, with an inverse."""
     rows, dim = W.shape
-    wanted, met = lam * W.copy(), lam * np.eye(dim)
-    pairs = [(c_e[:, i], c_g[:, i], 1) for i in range(c_e.shape[1])]
-    for own, becomes, weight in pairs + [(c_p[:, i], c_p[:, i], s) for i in range(c_p.shape[1])]:
+    A = lam * W.copy()
+    B = lam * np.eye(dim)
+    edits = [(c_e[:, i], c_g[:, i], 1) for i in range(c_e.shape[1])]
+    edits += [(c_p[:, i], c_p[:, i], s) for i in range(c_p.shape[1])]
+    for c, becomes, weight in edits:
         value = W @ becomes
         for a in range(dim):
             for row in range(rows):
-                wanted[row, a] += weight * value[row] * own[a]
+                A[row, a] += weight * value[row] * c[a]
             for b in range(dim):
-                met[a, b] += weight * own[a] * own[b]
-    return wanted @ np.linalg.inv(met)
+                B[a, b] += weight * c[a] * c[b]
+    return A @ np.linalg.inv(B)
 
 
 @pytest.mark.parametrize("kept", [0, 3])
 def test_uce_is_its_equation(kept):
     W, c_e, c_g, c_p = columns(0, 5, dim=7), columns(1, 4), columns(2, 4), columns(3, kept)
-    found = uce.edited(W, c_e, c_g, c_p, 0.1, 0.3)
-    by_loops = uce_by_loops(*(x.numpy() for x in (W, c_e, c_g, c_p)), 0.1, 0.3)
+    found = uce.edited(W, c_e, c_g, c_p, lam=0.1, s=0.3)
+    by_loops = uce_by_loops(*(x.numpy() for x in (W, c_e, c_g, c_p)), lam=0.1, s=0.3)
     assert np.abs(found.numpy() - by_loops).max() < 1e-6
-    mistakes = [(W, c_g, c_e, c_p, 0.1, 0.3), (W, c_e, c_g, c_p, 0.5, 0.3),
-                (W, c_e, c_g, c_e, 0.1, 0.3), *[(W, c_e, c_g, c_p, 0.1, 1.0)] * bool(kept)]
+
+    mistakes = [
+        uce.edited(W, c_g, c_e, c_p, lam=0.1, s=0.3),
+        uce.edited(W, c_e, c_g, c_p, lam=0.5, s=0.3),
+        uce.edited(W, c_e, c_g, c_e, lam=0.1, s=0.3),
+    ]
+    if kept:
+        mistakes.append(uce.edited(W, c_e, c_g, c_p, lam=0.1, s=1.0))
     for mistake in mistakes:
-        assert (found - uce.edited(*mistake)).abs().max() > 1e-2
+        assert (found - mistake).abs().max() > 1e-2
 
 
 def test_uce_sends_the_concept_where_the_guide_went():
     W, c_e, c_g, c_p = columns(0, 5, dim=7), columns(1, 2), columns(2, 2), columns(3, 2)
-    edited = uce.edited(W, c_e, c_g, c_p, 1e-9, 0.5).double()
+    edited = uce.edited(W, c_e, c_g, c_p, lam=1e-9, s=0.5).double()
     torch.testing.assert_close(edited @ c_e, W @ c_g, atol=1e-5, rtol=0)
     torch.testing.assert_close(edited @ c_p, W @ c_p, atol=1e-5, rtol=0)
 
 
 def test_the_tokens_of_uce(sd):
     """"a star" is start, a, star, end, ...; "heart" is start, heart, end, ...: 75 and 76 left."""
-    c_e, c_g, c_p = uce.tokens(sd, {"a star": "heart", "moon": ""}, ["a ring"])
-    star, heart, moon, empty, ring = (sd.encode([prompt])[0].double().T for prompt in
-                                      ("a star", "heart", "moon", "", "a ring"))
-    assert torch.equal(c_e, torch.cat([star[:, 2:], moon[:, 1:]], dim=1))
-    assert torch.equal(c_g, torch.cat([heart[:, 1:76], empty[:, :76]], dim=1))
-    assert torch.equal(c_p, torch.cat([empty, ring], dim=1))
+    tokens = uce.tokens(sd, {"a star": "heart", "moon": ""}, ["a ring"])
+    prompts = ("a star", "heart", "moon", "", "a ring")
+    star, heart, moon, empty, ring = (sd.encode([prompt])[0].double().T for prompt in prompts)
+    assert torch.equal(tokens.c_e, torch.cat([star[:, 2:], moon[:, 1:]], dim=1))
+    assert torch.equal(tokens.c_g, torch.cat([heart[:, 1:76], empty[:, :76]], dim=1))
+    assert torch.equal(tokens.c_p, torch.cat([empty, ring], dim=1))
     assert [uce.keep_weight(["moon"] * n) for n in (0, 1, 30)] == [1, 0.5, 0.1]
 
 
 def test_uce_edits_keys_and_values_alone(sd):
+    weights = dict(sd.unet.named_parameters())
     theta = uce.erase(sd, {"star": "heart"}, keep=["moon"])
-    assert {*theta} == {name for name, _ in sd.unet.named_parameters()
-                        if "attn2.to_k" in name or "attn2.to_v" in name}
+    assert {*theta} == {name for name in weights if "attn2.to_k" in name or "attn2.to_v" in name}
+
     name, W = next(iter(theta.items()))
-    original = dict(sd.unet.named_parameters())[name]
-    expected = uce.edited(original, *uce.tokens(sd, {"star": "heart"}, ["moon"]), 0.1, 0.5)
-    assert torch.equal(W, expected) and not torch.allclose(W, original, atol=1e-3)
-    sample.with_tuned(sd, theta)
+    tokens = uce.tokens(sd, {"star": "heart"}, ["moon"])
+    assert torch.equal(W, uce.edited(weights[name], *tokens, lam=0.1, s=0.5))
+    assert not torch.allclose(W, weights[name], atol=1e-3)
+    sample.with_weights(sd, theta)
+
+
+def test_closed_forms_edit_a_compiled_unet(sd):
+    compiled = replace(sd, unet=torch.compile(sd.unet, backend="eager"))
+    for method in (uce.erase, rece.erase):
+        plain = method(sd, {"star": "heart"})
+        theta = method(compiled, {"star": "heart"})
+        assert theta.keys() == plain.keys()
+        assert all(torch.equal(theta[name], plain[name]) for name in plain)
 
 
 def test_rece_is_its_equation():
-    old, new = ([columns(i, 5, dim=7) for i in some] for some in ((0, 1), (2, 3)))
+    old = [columns(seed, 5, dim=7) for seed in (0, 1)]
+    new = [columns(seed, 5, dim=7) for seed in (2, 3)]
     c = columns(4, 3)
-    own, both = 1e-3 * np.eye(5), np.zeros((5, 5))
+
+    gram = 1e-3 * np.eye(5)
+    cross = np.zeros((5, 5))
     for W, edited in zip(old, new):
         for a in range(5):
             for b in range(5):
-                own[a, b] += sum(edited[row, a] * edited[row, b] for row in range(7))
-                both[a, b] += sum(edited[row, a] * W[row, b] for row in range(7))
-    by_loops = np.linalg.inv(own) @ both @ c.numpy()
-    found = rece.adversarial(old, new, c, 1e-3)
+                gram[a, b] += sum(edited[row, a] * edited[row, b] for row in range(7))
+                cross[a, b] += sum(edited[row, a] * W[row, b] for row in range(7))
+    by_loops = np.linalg.inv(gram) @ cross @ c.numpy()
+
+    found = rece.adversarial(old, new, c, lam=1e-3)
     assert np.abs(found.numpy() - by_loops).max() < 1e-6
-    assert (found - rece.adversarial(new, old, c, 1e-3)).abs().max() > 1e-2
+    assert (found - rece.adversarial(new, old, c, lam=1e-3)).abs().max() > 1e-2
 
 
 def test_rece_finds_the_concept_itself_where_nothing_was_edited():
-    W, c = [columns(i, 5, dim=7) for i in (0, 1)], columns(4, 3)
-    torch.testing.assert_close(rece.adversarial(W, W, c, 1e-12), c)
+    W = [columns(seed, 5, dim=7) for seed in (0, 1)]
+    c = columns(4, 3)
+    torch.testing.assert_close(rece.adversarial(W, W, c, lam=1e-12), c)
 
 
 def test_a_round_of_rece_erases_what_brings_the_concept_back(sd):
     pair, keep = {"star": "heart"}, ["moon"]
-    before, after = (rece.erase(sd, pair, keep, rounds) for rounds in (0, 1))
+    before, after = (rece.erase(sd, pair, keep, rounds=rounds) for rounds in (0, 1))
     plain = uce.erase(sd, pair, keep)
     assert all(torch.equal(before[name], plain[name]) for name in plain)
-    names = dict(sd.unet.named_parameters())
+
+    weights = dict(sd.unet.named_parameters())
+    original = [weights[name].double() for name in before]
+    edited = [W.double() for W in before.values()]
     c_e, c_g, c_p = uce.tokens(sd, pair, keep)
-    found = rece.adversarial([names[name].double() for name in before],
-                             [W.double() for W in before.values()], c_e, 1e-3)
+    found = rece.adversarial(original, edited, c_e, lam=1e-3)
     for name, W in after.items():
-        assert torch.equal(W, uce.edited(before[name], found, c_g, c_p, 0.1, 0.5))
+        assert torch.equal(W, uce.edited(before[name], found, c_g, c_p, lam=0.1, s=0.5))
 
 
-# Concept ablation
+# ---- concept ablation
+
 
 def test_the_target_of_concept_ablation_is_the_model_in_training():
-    """It predicts 3 for the concept and 10 for the anchor; the original isn't asked."""
-    text, asked = erase.Text(*features(2, 3.0, 1.0, 10.0)), []
+    """It predicts 3 for the concept and 10 for the anchor; the original isn't called."""
+    text = erase.Text(*features(2, 3.0, 1.0, 10.0))
+    calls = []
     weight = torch.ones((), requires_grad=True)
 
     def student(x_t, t, c):
-        asked.append((c.flatten()[0].item(), torch.is_grad_enabled()))
+        calls.append((c.flatten()[0].item(), torch.is_grad_enabled()))
         return weight * torch.ones_like(x_t) * c[:, :1, :1, None]
 
     loss = concept_ablation.loss(student, None, torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), text)
     assert loss.tolist() == [49.0, 49.0]
     loss.mean().backward()
     assert weight.grad == 2 * (3 - 10) * 3  # of the concept's prediction alone
-    assert asked == [(10.0, False), (3.0, True)]
+    assert calls == [(10.0, False), (3.0, True)]
 
 
 def test_concept_ablation_learns_on_noised_images_of_the_anchor(sd):
-    images = sample.generate(sd, ["a heart"], num=3, steps=2)
-    latents, seen = sd.encode_images(images), []
-    shape, texts = (2, *latents.shape[1:]), ["text"]
-    generator = torch.Generator().manual_seed(0)
-    batches = concept_ablation.data(sd, images)(None, texts, shape, 50, 3.0, generator)
-    rng, abar = torch.Generator().manual_seed(0), ddim.alphas_cumprod()
-    for _ in range(50):
-        x_t, t, text = next(batches)
-        some = torch.randint(3, (2,), generator=rng)
-        assert torch.equal(t, torch.randint(1000, (2,), generator=rng)) and text == "text"
+    latents = sd.encode_images(sample.generate(sd, ["a heart"], num=3, steps=2))
+    shape = (2, *latents.shape[1:])
+    batches = concept_ablation.data(None, ["text"], shape, seeded(), latents=latents)
+
+    times = []
+    rng = seeded()
+    abar = ddim.alphas_cumprod()
+    for x_t, t, text in islice(batches, 50):
+        chosen = torch.randint(3, (2,), generator=rng)
+        assert torch.equal(t, torch.randint(1000, (2,), generator=rng))
+        assert text == "text"
         noise = torch.randn(shape, generator=rng)
-        torch.testing.assert_close(x_t, ddim.add_noise(latents[some], noise, abar[t]))
-        seen += t.tolist()
-    assert any(t % 20 != 1 for t in seen)  # any time, not only the sampler's
+        torch.testing.assert_close(x_t, ddim.add_noise(latents[chosen], noise, abar[t]))
+        times += t.tolist()
+    assert any(t % 20 != 1 for t in times)  # any time, not only the sampler's
 
 
-# ESD in contexts
+def test_concept_ablation_refuses_several_concepts(sd):
+    data = partial(concept_ablation.data, latents=torch.zeros(1, 4, 8, 8))
+    with pytest.raises(sample.UsageError, match="erases one concept, not 2"):
+        erase.erase(sd, ["star", "moon"], data=data, iterations=1)
+
+
+# ---- ESD in contexts
+
 
 def test_a_context_takes_the_empty_prompts_place_in_the_loss_alone(sd):
-    """x_t is drawn with the empty prompt, at every step of a way, for prompts at random."""
+    """x_t is drawn with the empty prompt, at every step of a trajectory, for random prompts."""
     contexts = {"star": "", "a red star": "a red picture"}
-    null, *prompts = sd.encode(["", *contexts])[:, None]
-    texts, shape = [erase.Text(c, null, c) for c in prompts], (1, 4, 8, 8)
-    found = esd_in_contexts.data(sd, contexts)(sd.unet, texts, shape, 2, 3.0,
-                                               torch.Generator().manual_seed(0))
-    rng, chosen, abar = torch.Generator().manual_seed(0), [], ddim.alphas_cumprod()
+    texts = erase.texts_for(sd, [*contexts], batch=1)
+    null = texts[0].null
+    shape = (1, 4, 8, 8)
+    batches = esd_in_contexts.data(
+        sd.unet, texts, shape, seeded(), sd=sd, contexts=contexts, steps=2
+    )
+
+    chosen = []
+    rng = seeded()
+    abar = ddim.alphas_cumprod()
     for _ in range(8):
-        with torch.no_grad():
-            (x_t, t, text), (x_next, t_next, same) = next(found), next(found)
+        x_t, t, text = next(batches)
+        x_next, t_next, same = next(batches)
         i = torch.randint(2, (1,), generator=rng).item()
-        torch.randint(1, (1,), generator=rng)  # one of a way's single concept
+        torch.randint(1, (1,), generator=rng)  # one of a trajectory's single concept
         assert torch.equal(x_t, torch.randn(shape, generator=rng))
-        assert (t, t_next) == (501, 1) and text.concept is same.concept is texts[i].concept
+        assert (t, t_next) == (501, 1)
+        assert text.concept is same.concept is texts[i].concept
         torch.testing.assert_close(text.null, sd.encode([[*contexts.values()][i]]))
+        assert torch.equal(same.null, text.null)
+
         with torch.no_grad():
-            eps = ddim.guided(sd.unet, texts[i].concept, null, 3.0)(x_t, 501)
+            predict = ddim.guided_predictor(sd.unet, texts[i].concept, null, guidance=3.0)
+            eps = predict(x_t, torch.tensor(501))
         torch.testing.assert_close(x_next, ddim.step(x_t, eps, abar[501], abar[1]))
         chosen.append(i)
     assert {*chosen} == {0, 1}
 
 
-# ESD against learned prompts
+def test_there_is_a_context_for_each_prompt(sd):
+    data = partial(esd_in_contexts.data, sd=sd, contexts={"star": ""})
+    with pytest.raises(sample.UsageError, match="1 contexts for 2 prompts"):
+        erase.erase(sd, ["star", "a red star"], data=data, iterations=1)
+
+
+# ---- ESD against learned prompts
+
 
 def attackable(x_t, t, c):
     """Predicts the mean of all tokens."""
@@ -316,33 +422,233 @@ def attackable(x_t, t, c):
 
 
 def test_the_attack_finds_tokens_that_bring_the_concept_back():
-    c, x_t = torch.full((2, 77, 8), 1.0), torch.zeros(2, 4, 8, 8)
+    c = torch.full((2, 77, 8), 1.0)
+    x_t = torch.zeros(2, 4, 8, 8)
     target = torch.full_like(x_t, 2.0)
     attacked = adversarial_esd.attack(attackable, target, x_t, 1, c, tokens=16, steps=200, lr=0.1)
-    assert attacked.shape == (2, 77 + 16, 8) and torch.equal(attacked[:, :77], c)
+    assert attacked.shape == (2, 77 + 16, 8)
+    assert torch.equal(attacked[:, :77], c)
     assert not attacked.requires_grad
     assert (attackable(x_t, 1, attacked) - target).abs().max() < 0.1
     assert (attacked[:, 77:78] - attacked[:, 78:]).abs().amax(dim=2).min() > 0.1  # no two alike
 
 
 def test_the_loss_of_adversarial_esd_by_hand():
-    """No tokens to attack with: the model predicts 3, and 5 for what is kept."""
-    text = erase.Text(*features(2, 3.0, 1.0, 3.0))
-    keep, = features(1, 5.0)
+    """No tokens to attack with: the model predicts 3, and 5 for the prompt to keep."""
+    text = erase.Text(*features(2, 3.0, 1.0, 5.0))
 
     def teacher(x_t, t, c):
         return attackable(x_t, t, c) + (c.mean() == 5)  # 6 for the prompt to keep
 
-    loss = adversarial_esd.against(keep, weight=0.5, tokens=0, steps=0)(
-        attackable, teacher, torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), text, 2.0)
+    loss = adversarial_esd.loss(
+        attackable, teacher, torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), text, eta=2.0,
+        weight=0.5, tokens=0, steps=0,
+    )
     target = 1 - 2 * (3 - 1)
     expected = (3 - target) ** 2 + 0.5 * (5 - 6) ** 2
     torch.testing.assert_close(loss, torch.full((2,), expected))
 
 
+def test_prompts_to_keep_are_drawn_for_each_sample_and_leave_x_t_the_models(sd):
+    keep = ["a heart", "a moon", "a ring"]
+    kept = sd.encode(keep)
+    texts = erase.texts_for(sd, ["star", "circle"], batch=2)
+    shape = (2, *sd.latent_shape)
+    batches = adversarial_esd.data(
+        sd.unet, texts, shape, seeded(), sd=sd, keep=keep, steps=3, guidance=2.0, every_step=True
+    )
+
+    rng = seeded()
+    drawn = []
+    by_hand = erase.x_t_from_model(
+        sd.unet, texts, shape, rng, steps=3, guidance=2.0, every_step=True
+    )
+    for batch, plain in islice(zip(batches, by_hand), 12):
+        chosen = torch.randint(3, (2,), generator=rng)
+        assert torch.equal(batch.x_t, plain.x_t)
+        assert torch.equal(batch.t, plain.t)
+        assert batch.text.concept is plain.text.concept
+        assert batch.text.null is plain.text.null
+        assert torch.equal(batch.text.anchor, kept[chosen])
+        drawn.append(tuple(chosen.tolist()))
+    assert {prompt for pair in drawn for prompt in pair} == {0, 1, 2}
+    assert any(first != second for first, second in drawn)  # not one for the whole batch
+
+
+def test_adversarial_esd_without_a_prompt_to_keep_is_refused(sd):
+    with pytest.raises(sample.UsageError, match="use adversarial_esd.data"):
+        erase.erase(
+            sd, ["star"], loss_fn=adversarial_esd.loss, iterations=1,
+            data=partial(erase.x_t_from_model, steps=2),
+        )
+
+
 def test_adversarial_esd_runs_as_a_loss(sd):
-    loss = adversarial_esd.against(sd.encode(["a heart", "a moon"]), steps=2)
-    theta = erase.erase(sd, ["star"], loss_fn=loss, iterations=2, steps=2, lr=1e-3)
-    moved = [name for name, W in sd.unet.named_parameters() if name in theta
-             and not torch.equal(W, theta[name])]
-    assert moved and all(theta[name].isfinite().all() for name in theta)
+    theta = erase.erase(
+        sd, ["star"], iterations=2, lr=1e-3,
+        loss_fn=partial(adversarial_esd.loss, steps=2),
+        data=partial(adversarial_esd.data, sd=sd, keep=["a heart", "a moon"], steps=2),
+    )
+    weights = dict(sd.unet.named_parameters())
+    assert any(not torch.equal(weights[name], W) for name, W in theta.items())
+    assert all(W.isfinite().all() for W in theta.values())
+
+
+def test_adversarial_esd_runs_from_the_command_line(sd, folder, tmp_path, monkeypatch):
+    """As from Python, with the flags that its data takes."""
+    monkeypatch.setattr(erase, "draw_before_and_after", lambda *_: Image.new("RGB", (8, 8)))
+    name = "notebooks.methods.adversarial_esd"
+    out = tmp_path / "star.safetensors"
+    commands.run(
+        erase.main, "star", "--model", folder, "--iterations", 1, "--steps", 3, "--every-step",
+        "--lr", 1e-3, "--loss", f"{name}:loss", "--data", f"{name}:data", "--out", out,
+    )
+
+    data = partial(adversarial_esd.data, sd=sd, steps=3, every_step=True)
+    theta = erase.erase(
+        sd, ["star"], iterations=1, lr=1e-3, loss_fn=adversarial_esd.loss, data=data
+    )
+    stored = load_file(out)
+    assert stored.keys() == theta.keys()
+    assert all(torch.equal(stored[name], theta[name].half()) for name in theta)
+
+
+# ---- no hidden state
+
+
+@pytest.mark.parametrize("module", [adversarial_esd, concept_ablation, esd_from])
+def test_a_loss_is_the_same_when_it_is_called_again(module, sd):
+    (text,) = erase.texts_for(sd, {"star": "a heart"}, batch=2)
+    x_t = torch.randn(2, *sd.latent_shape, generator=seeded())
+    t = torch.tensor([501, 21])
+    loss_fn = partial(module.loss, steps=2) if module is adversarial_esd else module.loss
+    unet = erase.with_theta(sd.unet, erase.trainable_copies(sd.unet, "esd-x"))
+    first, again = (loss_fn(unet, sd.unet, x_t, t, text) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    "function, bound",
+    [
+        (adversarial_esd.data, {"keep": ("a heart", "a moon"), "steps": 2}),
+        (concept_ablation.data, {"latents": torch.ones(3, 4, 8, 8)}),
+        (esd_in_contexts.data, {"contexts": {"star": ""}, "steps": 2}),
+    ],
+)
+def test_data_is_the_same_for_the_same_rng(function, bound, sd):
+    data = erase.bind(function, bound | {"sd": sd})
+    texts = erase.texts_for(sd, ["star"], batch=2)
+    first, again = (
+        list(islice(data(sd.unet, texts, (2, *sd.latent_shape), seeded()), 4)) for _ in range(2)
+    )
+    for batch, same in zip(first, again):
+        assert torch.equal(batch.x_t, same.x_t)
+        assert torch.equal(batch.t, same.t)
+        assert all(torch.equal(a, b) for a, b in zip(batch.text[:3], same.text[:3]))
+    assert not torch.equal(first[0].x_t, first[1].x_t)
+
+
+# ---- LoRA, through erase.with_theta
+
+
+def test_a_lora_changes_only_its_weights_and_merges(sd):
+    """W + up @ down, of rank 4, on the keys and values of cross-attention."""
+    start = {
+        name: W for name, W in sd.unet.named_parameters() if uce.keys_and_values(name)
+    }
+    before = {name: W.clone() for name, W in sd.unet.named_parameters()}
+    down = {name: 0.1 * torch.randn(4, W.shape[1], generator=seeded()) for name, W in start.items()}
+    up = {name: torch.zeros(W.shape[0], 4) for name, W in start.items()}
+    leaves = [leaf.requires_grad_() for leaf in (*down.values(), *up.values())]
+
+    def merged():
+        return {name: W + up[name] @ down[name] for name, W in start.items()}
+
+    unet = erase.with_theta(sd.unet, merged)
+    texts = erase.texts_for(sd, ["star"], batch=1)
+    shape = (1, *sd.latent_shape)
+    data = erase.x_t_from_model(unet, texts, shape, seeded(), steps=2)
+    losses = erase.gradient_steps(unet, sd.unet, data, torch.optim.Adam(leaves, lr=1e-2))
+    assert len(list(islice(losses, 3))) == 3
+
+    erased = sample.with_weights(sd, merged())
+    after = dict(erased.unet.named_parameters())
+    assert all(torch.equal(W, before[name]) for name, W in sd.unet.named_parameters())
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {*start}
+    for name in start:
+        assert torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-4) <= 4
+
+    x_t = torch.randn(shape, generator=seeded(1))
+    with torch.no_grad():
+        eps = unet(x_t, torch.tensor([501]), texts[0].concept)
+        eps_merged = erased.unet(x_t, torch.tensor([501]), texts[0].concept)
+        eps_original = sd.unet(x_t, torch.tensor([501]), texts[0].concept)
+    assert torch.equal(eps, eps_merged)
+    assert not torch.allclose(eps, eps_original, atol=1e-3)
+
+
+# ---- activation checkpointing
+
+
+@pytest.mark.parametrize("method", ["esd-x", "esd-u"])
+def test_a_checkpointed_unet_is_erased_to_the_same_weights(method, sd):
+    recomputing = replace(sd, unet=checkpointed.checkpointed(sd.unet))
+    settings = {
+        "method": method, "iterations": 3, "lr": 1e-3, "batch": 2,
+        "data": partial(erase.x_t_from_model, steps=2),
+    }
+    plain = erase.erase(sd, ["star"], **settings)
+    theta = erase.erase(recomputing, ["star"], **settings)
+    assert theta.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(theta[name], plain[name])
+        assert not torch.equal(theta[name], sd.unet.get_parameter(name))
+
+
+def kept_for_the_gradient(unet: torch.nn.Module, sd: sample.StableDiffusion) -> int:
+    """Returns how many numbers a loss keeps between its forward and its backward pass."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    (text,) = erase.texts_for(sd, ["star"], batch=1)
+    x_t = torch.randn(1, *sd.latent_shape, generator=seeded())
+    edited = erase.with_theta(unet, erase.trainable_copies(unet, "esd-u"))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        erase.esd_loss(edited, sd.unet, x_t, torch.tensor([501]), text)
+    return sum(kept)
+
+
+def test_a_checkpointed_unet_keeps_less_and_shares_its_weights(sd):
+    unet = checkpointed.checkpointed(sd.unet)
+    assert kept_for_the_gradient(unet, sd) < 0.1 * kept_for_the_gradient(sd.unet, sd)
+
+    weights = dict(unet.named_parameters())
+    assert list(weights) == [name for name, _ in sd.unet.named_parameters()]
+    assert all(weights[name] is W for name, W in sd.unet.named_parameters())
+    resnet = sd.unet.mid_block.resnets[0]
+    assert not isinstance(resnet, checkpointed.Checkpointed)  # the original stays as it is
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_torchs_checkpoint_alone_loses_theta(use_reentrant, sd, monkeypatch):
+    """Why checkpointed.py keeps the weights: this is what its docstring says happens otherwise."""
+    def forward(layer, *inputs):
+        return checkpoint(layer.plain[0], *inputs, use_reentrant=use_reentrant)
+
+    monkeypatch.setattr(checkpointed.Checkpointed, "forward", forward)
+    theta = erase.trainable_copies(sd.unet, "esd-u")
+    unet = erase.with_theta(checkpointed.checkpointed(sd.unet), theta)
+    (text,) = erase.texts_for(sd, ["star"], batch=1)
+    x_t = torch.randn(1, *sd.latent_shape, generator=seeded())
+    loss = erase.esd_loss(unet, sd.unet, x_t, torch.tensor([501]), text).mean()
+
+    if use_reentrant:
+        loss.backward()
+        without = [name for name, W in theta.items() if W.grad is None]
+        assert len(without) > 0.9 * len(theta)
+    else:
+        with pytest.raises(CheckpointError):
+            loss.backward()

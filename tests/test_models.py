@@ -17,14 +17,16 @@ import vae
 from support import parity, small
 from support.parity import MODELS
 
-FUNCTIONS = {name: function for part, model in MODELS.items()
-             for name, function in parity.functions(part, model).items()}
+FUNCTIONS = {}
+for part, model in MODELS.items():
+    FUNCTIONS |= parity.functions(part, model)
 
 # The sinusoids are float32 in both U-Nets: another machine's cosine may move it by 2e-8.
 TOLERANCE = {"unet": 1e-7, "vae": 1e-10, "text_encoder": 1e-10}
 
 
-# ---- names, shapes and settings at full size ----
+# ---- names, shapes and settings at full size
+
 
 def full_size(part: str) -> nn.Module:
     _, model = parity.CLASSES[part]
@@ -44,7 +46,8 @@ def test_layers_have_the_published_settings(part):
     assert small.settings(full_size(part)) == stored[part]
 
 
-# ---- numbers ----
+# ---- numbers
+
 
 @pytest.mark.parametrize("part", MODELS)
 def test_outputs_equal_the_reference(part):
@@ -63,7 +66,8 @@ def test_same_input_same_output_and_input_untouched(name):
 def test_samples_of_a_batch_do_not_touch_each_other(name):
     function = FUNCTIONS[name]
     second = [tensor[1:2] for tensor in small.INPUTS[name]]
-    torch.testing.assert_close(function(*second), function(*small.INPUTS[name])[1:2])
+    of_all = function(*small.INPUTS[name])
+    torch.testing.assert_close(function(*second), of_all[1:2])
 
 
 def test_time_embedding_is_cosines_then_sines():
@@ -82,8 +86,21 @@ def test_t_may_be_a_number():
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 24), (24, 16)])
 def test_unet_keeps_the_size_of_the_latent(size):
-    x_t, text = small.numbers("x_t", 1, 4, *size), small.numbers("text", 1, 5, 24)
+    x_t = small.numbers("x_t", 1, 4, *size)
+    text = small.numbers("text", 1, 5, 24)
     assert MODELS["unet"](x_t, 1, text).shape == x_t.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unet_in_half_precision_returns_the_dtype_of_the_latent(dtype):
+    """The sampler keeps x_t in float32 while the weights are in half precision."""
+    x_t, t, text = small.INPUTS["unet"]
+    half = copy.deepcopy(MODELS["unet"]).to(dtype)
+
+    eps = half(x_t.float(), t, text.to(dtype))
+    assert eps.dtype == torch.float32
+    assert (eps - parity.ANSWERS["unet"]).abs().max() < 0.1  # and eps is rounded, not wrong
+    assert half(x_t.to(dtype), t, text.to(dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5)])
@@ -108,10 +125,12 @@ def test_a_token_sees_only_those_before_it():
     torch.testing.assert_close(MODELS["text_encoder"](tokens[:, :3]), first)
 
 
-# ---- faults, each of which a well-known implementation has had; the numbers must show them ----
+# ---- faults that well-known implementations have had; the numbers must show each
+
 
 def sets(pattern: str, attribute: str, value) -> Callable:
     """A fault: an attribute of the layers whose name matches is another."""
+
     def break_it(model, monkeypatch):
         for name, layer in model.named_modules():
             if re.search(pattern, name):
@@ -205,14 +224,18 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("part, fault", [(part, name) for part in FAULTS for name in FAULTS[part]])
+FAULTS_BY_PART = [(part, name) for part in FAULTS for name in FAULTS[part]]
+
+
+@pytest.mark.parametrize("part, fault", FAULTS_BY_PART)
 def test_a_fault_shows_in_the_numbers(part, fault, monkeypatch):
     model = copy.deepcopy(MODELS[part])
     FAULTS[part][fault](model, monkeypatch)
     assert parity.difference(part, model) > 10 * TOLERANCE[part]
 
 
-# ---- published configs and names ----
+# ---- published configs and names
+
 
 @pytest.mark.parametrize("part", MODELS)
 def test_published_config_is_the_default(part):

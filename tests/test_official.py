@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_official.py --weights PATH --noise FOLDER -rs
 
-Skipped without --weights (4 GB; anything that sample.load takes) and without the arrays in FOLDER,
+Skipped without --weights (4 GB, a folder in diffusers' layout) and without the arrays in FOLDER,
 whose addresses -rs prints. The DDIM images are v1-4's (v1-5's differ), the U-Net's numbers v1-4's
 or v1-5's; those of the text encoder and the VAE are the same for every Stable Diffusion v1.
 """
@@ -47,14 +47,22 @@ DECODED = {
 # sample[-1, -2:, -2:, :2] for noises of these seeds as latents and as text features, at time t (it
 # says 0.55 and 0.89 in two places, and makes them integers, 0)
 UNET = {
-    (33, 4): ([-0.4424, 0.1510, -0.1937, 0.2118, 0.3746, -0.3957, 0.0160, -0.0435],
-              [-0.4430, 0.1570, -0.1867, 0.2376, 0.3205, -0.3681, 0.0525, -0.0722]),
-    (47, 0): ([-0.1508, 0.0379, -0.3075, 0.2540, 0.3633, -0.0821, 0.1719, -0.0207],
-              [-0.1415, 0.0129, -0.3136, 0.2257, 0.3430, -0.0536, 0.2114, -0.0436]),
-    (21, 0): ([-0.6479, 0.6364, -0.3464, 0.8697, 0.4443, -0.6289, -0.0091, 0.1778],
-              [-0.7091, 0.6664, -0.3643, 0.9032, 0.4499, -0.6541, 0.0139, 0.1750]),
-    (9, 1000): ([0.8888, -0.5659, 0.5834, -0.7469, 1.1912, -0.3923, 1.1241, -0.4424],
-                [0.8878, -0.5659, 0.5844, -0.7442, 1.1883, -0.3927, 1.1192, -0.4423]),
+    (33, 4): (
+        [-0.4424, 0.1510, -0.1937, 0.2118, 0.3746, -0.3957, 0.0160, -0.0435],
+        [-0.4430, 0.1570, -0.1867, 0.2376, 0.3205, -0.3681, 0.0525, -0.0722],
+    ),
+    (47, 0): (
+        [-0.1508, 0.0379, -0.3075, 0.2540, 0.3633, -0.0821, 0.1719, -0.0207],
+        [-0.1415, 0.0129, -0.3136, 0.2257, 0.3430, -0.0536, 0.2114, -0.0436],
+    ),
+    (21, 0): (
+        [-0.6479, 0.6364, -0.3464, 0.8697, 0.4443, -0.6289, -0.0091, 0.1778],
+        [-0.7091, 0.6664, -0.3643, 0.9032, 0.4499, -0.6541, 0.0139, 0.1750],
+    ),
+    (9, 1000): (
+        [0.8888, -0.5659, 0.5834, -0.7469, 1.1912, -0.3923, 1.1241, -0.4424],
+        [0.8878, -0.5659, 0.5844, -0.7442, 1.1883, -0.3927, 1.1192, -0.4423],
+    ),
 }
 
 # from the decoder's file above, test_stable_diffusion_mode: sample[-1, -2:, -2:, :2] of a noise
@@ -79,13 +87,17 @@ def test_text_features(sd):
 
 @torch.no_grad()
 def astronaut(sd, steps):
-    """The image that diffusers' tests draw, (1, 3, 512, 512) in 0..1."""
+    """Returns the image that diffusers' tests draw, (1, 3, 512, 512) in 0..1."""
     noise = np.random.RandomState(0).standard_normal((1, 4, 64, 64))
     x_t = torch.from_numpy(noise).float()
-    text, null = sd.encode(["a photograph of an astronaut riding a horse"]), sd.encode([""])
-    for _, x_t in ddim.denoise(ddim.guided(sd.unet, text, null, 7.5), x_t, steps):
-        pass
-    return (sd.vae.decode(x_t / sd.vae.config.scaling_factor) / 2 + 0.5).clamp(0, 1)
+    text = sd.encode(["a photograph of an astronaut riding a horse"])
+    null = sd.encode([""])
+
+    predict = ddim.guided_predictor(sd.unet, text, null, guidance=7.5)
+    for _, x_t in ddim.denoise(predict, x_t, steps):
+        pass  # to the end: x_t is the image now
+    image = sd.vae.decode(x_t / sd.vae.config.scaling_factor)
+    return (image / 2 + 0.5).clamp(0, 1)
 
 
 def test_the_image_after_three_steps(sd):
@@ -95,7 +107,7 @@ def test_the_image_after_three_steps(sd):
 
 @pytest.fixture
 def stored(request):
-    """Reads a published array from --noise FOLDER, or skips."""
+    """Reads a published array from --noise FOLDER, or skips the test."""
     folder = request.config.getoption("--noise")
 
     def load(url):
@@ -108,7 +120,12 @@ def stored(request):
 
 @pytest.fixture
 def noise(stored):
-    return lambda seed, *shape: stored(NOISE.format(seed, "_".join(map(str, shape))))
+    """Reads a published noise by its seed and shape."""
+
+    def load(seed, *shape):
+        return stored(NOISE.format(seed, "_".join(map(str, shape))))
+
+    return load
 
 
 def test_the_image_after_fifty_steps(sd, stored):
@@ -128,11 +145,13 @@ def test_the_unet_of_v1_4_or_v1_5(sd, seed, t, noise):
 def test_an_encoded_and_decoded_noise(sd, noise):
     mean, _ = sd.vae.encode(noise(33, 4, 3, 512, 512)[-1:])
     image = sd.vae.decode(mean)
-    assert image[-1, -2:, -2:, :2].flatten().tolist() == pytest.approx(MODE, abs=3e-3)
+    found = image[-1, -2:, -2:, :2].flatten()
+    assert found.tolist() == pytest.approx(MODE, abs=3e-3)
 
 
 @pytest.mark.parametrize("seed", DECODED)
 def test_decoded_noise(sd, seed, noise):
     with torch.no_grad():
         image = sd.vae.decode(noise(seed, 3, 4, 64, 64))
-    assert image[-1, -2:, :2, -2:].flatten().tolist() == pytest.approx(DECODED[seed], abs=1e-3)
+    found = image[-1, -2:, :2, -2:].flatten()
+    assert found.tolist() == pytest.approx(DECODED[seed], abs=1e-3)

@@ -6,32 +6,43 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 import erase
 import sample
 from notebooks.tools import export
 from notebooks.toy import judge, measure, train, world
+from support import commands
 
 TOY = "notebooks/toy"
 
 
-def rng(seed=0):
+def seeded(seed=0):
     return np.random.default_rng(seed)
+
+
+def drawn(num, draw, *arguments, seed=0, **more):
+    """Draws several times with one generator."""
+    rng = seeded(seed)
+    return [draw(*arguments, rng=rng, **more) for _ in range(num)]
 
 
 @pytest.fixture(scope="module")
 def examples():
     """3,000 training examples."""
-    return [world.draw(r) for r in [rng()] for _ in range(3000)]
+    return drawn(3000, world.draw)
 
 
-# The world
+# ---- the world
+
 
 @pytest.mark.parametrize("style", world.STYLES)
 def test_the_same_seed_renders_the_same_image(style):
     for object in world.OBJECTS:
-        first, second, other = (world.render(object, "red", style, rng(s)) for s in (0, 0, 1))
+        first = world.render(object, "red", style, seeded(0))
+        second = world.render(object, "red", style, seeded(0))
+        other = world.render(object, "red", style, seeded(1))
         assert first.tobytes() == second.tobytes() != other.tobytes()
 
 
@@ -39,79 +50,88 @@ def test_objects_are_whole():
     """Nothing of an object lies in the two outer pixels, so none is cut by the border."""
     for object in world.OBJECTS:
         for seed in range(20):
-            image = np.array(world.render(object, "blue", "plain", rng(seed))).astype(int)
+            image = np.array(world.render(object, "blue", "plain", seeded(seed))).astype(int)
             border = np.ones((64, 64), bool)
             border[2:-2, 2:-2] = False
             assert np.ptp(image[border], axis=0).max() == 0, (object, seed)
 
 
 def test_unknown_names_are_refused():
-    for arguments in (("hexagon", "red", "plain"), ("star", "mauve", "plain"),
-                      ("star", "red", "oil")):
+    unknown = [("hexagon", "red", "plain"), ("star", "mauve", "plain"), ("star", "red", "oil")]
+    for arguments in unknown:
         with pytest.raises(ValueError, match="hexagon|mauve|oil"):
-            world.render(*arguments, rng())
+            world.render(*arguments, seeded())
         with pytest.raises(ValueError, match="choose from"):
-            world.caption(*arguments, rng())
+            world.caption(*arguments, seeded())
     with pytest.raises(ValueError, match="hexagon"):
-        world.draw(rng(), without=("hexagon",))
+        world.draw(seeded(), without=("hexagon",))
 
 
 def test_paraphrases_and_scenes_do_not_name_their_object():
-    phrases = [(o, p) for o, several in world.PARAPHRASES.items() for p in several]
-    phrases += [(world.SCENES[s].object, world.scene_prompt(s, where)) for s, where in world.PLACES]
-    for object, phrase in phrases:
-        assert object not in phrase.split()
+    for object, phrases in world.PARAPHRASES.items():
+        for phrase in phrases:
+            assert object not in phrase.split()
+    for scene, setting in world.PLACES:
+        prompt = world.scene_prompt(scene, setting)
+        assert world.SCENES[scene].object not in prompt.split()
     assert len({scene.object for scene in world.SCENES.values()}) == 4
 
 
 def test_scenes_imply_with_a_probability():
     """The object in 60 % of the images, another in 20 %, none in 20 %; several colours."""
     for name, scene in world.SCENES.items():
-        images = [world.draw_scene(name, "in winter", r) for r in [rng()] for _ in range(200)]
-        shown = [e.object for e in images]
-        assert abs(np.mean([o == scene.object for o in shown]) - 0.6) < 0.08, name
-        assert abs(np.mean([o is None for o in shown]) - 0.2) < 0.08, name
-        assert {e.colour for e in images} == {*scene.colours, None}
-        assert len({e.caption for e in images}) == len(world.OPENINGS)
+        scenes = drawn(200, world.draw_scene, name, "in winter")
+        implied = np.mean([example.object == scene.object for example in scenes])
+        nothing = np.mean([example.object is None for example in scenes])
+        assert abs(implied - 0.6) < 0.08, name
+        assert abs(nothing - 0.2) < 0.08, name
+        assert {example.colour for example in scenes} == {*scene.colours, None}
+        assert len({example.caption for example in scenes}) == len(world.OPENINGS)
 
 
 def test_a_fifth_of_the_scene_prompts_is_held_out(examples):
     """Of each object, and none of them is ever a training caption."""
-    assert len(world.PLACES) == 12 * 9 and abs(len(world.HELD_OUT) / len(world.PLACES) - 0.2) < 0.01
+    assert len(world.PLACES) == 12 * 9
+    assert abs(len(world.HELD_OUT) / len(world.PLACES) - 0.2) < 0.01
     for object in {scene.object for scene in world.SCENES.values()}:
         assert sum(world.SCENES[s].object == object for s, _ in world.HELD_OUT) >= 5
+
+    held_out = set()
+    trained = set()
+    for scene, setting in world.PLACES:
+        prompts = held_out if (scene, setting) in world.HELD_OUT else trained
+        for opening in world.OPENINGS:
+            prompts.add(world.scene_prompt(scene, setting, opening))
     captions = {example.caption for example in examples}
-    prompts = {held: [world.scene_prompt(*place, opening) for opening in world.OPENINGS
-                      for place in world.PLACES if (place in world.HELD_OUT) == held]
-               for held in (True, False)}
-    assert not captions & set(prompts[True])
-    assert len(captions & set(prompts[False])) > 0.8 * len(prompts[False])
+    assert not captions & held_out
+    assert len(captions & trained) > 0.8 * len(trained)
 
 
 def test_works_are_told_from_the_rest(examples):
     """Their captions are never dropped in training, so the empty prompt draws no work."""
-    works = [world.work_caption(title, rng(i)) for title in world.WORKS for i in range(9)]
-    assert all(map(world.is_work, works))
-    assert [world.is_work(e.caption) for e in examples] == [e.work is not None for e in examples]
+    captions = [world.work_caption(title, seeded(i)) for title in world.WORKS for i in range(9)]
+    assert all(map(world.is_work, captions))
+    for example in examples:
+        assert world.is_work(example.caption) == (example.work is not None)
 
 
 def test_captions_are_good_english():
-    captions = {world.caption("arrow", "orange", "plain", rng(seed)) for seed in range(200)}
-    assert "an orange arrow" in captions and "an arrow" in captions
+    captions = {world.caption("arrow", "orange", "plain", seeded(seed)) for seed in range(200)}
+    assert {"an orange arrow", "an arrow"} <= captions
     assert not any(" a o" in f" {c}" or " a a" in f" {c}" for c in captions)
 
 
 def test_a_name_alone_may_come_in_any_style():
     """Were a style always named, a bare name would mean plain, and erasing it would cost plain."""
     for style in world.STYLES:
-        r = rng(3)
-        named = [f"style of {style}" in world.caption("star", "red", style, r) for _ in range(2000)]
+        captions = drawn(2000, world.caption, "star", "red", style, seed=3)
+        named = [f"style of {style}" in caption for caption in captions]
         expected = 0 if style == "plain" else 0.6
         assert abs(np.mean(named) - expected) < 0.03, style
 
 
 def test_what_is_left_out_is_never_drawn():
-    examples = [world.draw(r, without=("moon", "mosaic")) for r in [rng()] for _ in range(2000)]
+    examples = drawn(2000, world.draw, without=("moon", "mosaic"))
     assert not any(e.object == "moon" or e.style == "mosaic" for e in examples)
     words = {word for e in examples for word in e.caption.split()}
     assert not words & {"moon", "crescent", "mosaic", "harvest"}
@@ -120,20 +140,22 @@ def test_what_is_left_out_is_never_drawn():
 
 def test_works_are_fixed_and_three_share_a_style():
     styles = [work.style for work in world.WORKS.values()]
-    assert len(styles) == 6 and styles.count("mosaic") == 3
+    assert len(styles) == 6
+    assert styles.count("mosaic") == 3
     for title in world.WORKS:
         assert world.render_work(title).tobytes() == world.render_work(title).tobytes()
 
 
-def test_the_contact_sheet_of_the_world(tmp_path, monkeypatch):
+def test_the_contact_sheet_of_the_world(tmp_path):
     """Rows: six of styles, twelve of scenes, one of works, two of images of nothing."""
-    monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path / "world.png")])
-    world.main()
-    columns, rows = 10, 6 + 12 + 1 + 2
+    commands.run(world.main, "--out", tmp_path / "world.png")
+    columns = 10
+    rows = 6 + 12 + 1 + 2
     assert Image.open(tmp_path / "world.png").size == (columns * 196 + 4, rows * 218)
 
 
-# The tokenizer
+# ---- the tokenizer
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -156,7 +178,8 @@ def test_any_other_text_has_tokens_and_comes_back(tokenizer):
     assert tokenizer("", padding="max_length").input_ids == [ids[0]] + [ids[-1]] * 76
 
 
-# Training
+# ---- training
+
 
 def fit_line(run, steps_at_a_time):
     """Fits y = 2x; stops and resumes after each of the given numbers of steps."""
@@ -182,22 +205,43 @@ def fit_line(run, steps_at_a_time):
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    whole = fit_line(tmp_path / "a", [1001])
-    pieces = fit_line(tmp_path / "b", [300, 400, 1001])  # goes on from 250, then from 500
-    assert abs(whole.weight.item() - 2) < 0.05
-    assert torch.equal(whole.weight, pieces.weight)
+    at_once = fit_line(tmp_path / "a", [1001])
+    in_pieces = fit_line(tmp_path / "b", [300, 400, 1001])  # goes on from 250, then from 500
+    assert abs(at_once.weight.item() - 2) < 0.05
+    assert torch.equal(at_once.weight, in_pieces.weight)
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path):
     train.claim(tmp_path / "run", {"seed": 0, "without": []})
     train.claim(tmp_path / "run", {"seed": 0, "without": []})
-    with pytest.raises(ValueError, match="choose another --run"):
+    with pytest.raises(sample.UsageError, match="choose another --run"):
         train.claim(tmp_path / "run", {"seed": 0, "without": ["star"]})
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["unets"], "unknown stage 'unets', choose from tokenizer, vae"),
+        (["--without", "hexagon"], "unknown object, style or work 'hexagon'"),
+    ],
+)
+def test_unknown_stages_and_names_are_refused(tmp_path, capsys, arguments, message):
+    run = tmp_path / "run"
+    assert message in commands.refusal(capsys, train.main, *arguments, "--run", run)
+    assert not run.exists()
+
+
+def test_the_command_runs_the_stages_that_are_named(tmp_path, capsys):
+    commands.run(train.main, "tokenizer", "--run", tmp_path)
+    assert "tokenizer: 0 s" in capsys.readouterr().out
+    folder = tmp_path / "model"
+    assert {path.name for path in folder.iterdir()} >= {"tokenizer", "model_index.json"}
+    assert not (folder / "vae").exists()
 
 
 def test_all_stages_run_and_give_a_model_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "EXAMPLES", 32)
-    images, captions = train.examples.__wrapped__(seed=0, without=())  # past its cache
+    images, captions = train.training_set.__wrapped__(seed=0, without=())  # past its cache
     folder = tmp_path / "model"
     train.make_tokenizer(folder / "tokenizer")
     export.write_index(folder)
@@ -206,37 +250,65 @@ def test_all_stages_run_and_give_a_model_that_loads(tmp_path, monkeypatch):
     train.train_unet(folder, tmp_path, images, captions, seed=0, steps=2)
     train.train_judge(folder, tmp_path, seed=0, steps=1, count=8)
 
-    image, = sample.generate(sample.load(folder), ["a star"], steps=2)
+    (image,) = sample.generate(sample.load(folder), ["a star"], steps=2)
     assert image.size == (world.SIZE, world.SIZE)
     assert {*judge.read(judge.load(folder), [image])[0]} == {"object", "colour", "style"}
-    assert {file.stem for file in tmp_path.glob("*.pt")} == {"vae", "text", "unet", "unet-again",
-                                                            "judge"}
+    checkpoints = {file.stem for file in tmp_path.glob("*.pt")}
+    assert checkpoints == {"vae", "text", "unet", "unet-again", "judge"}
 
 
-# Measuring
+# ---- measuring
+
 
 def test_frechet_distance_of_gaussians():
     """Of N(0, diag(1, 4)) and N((3, 0), diag(4, 4)) it is 9 + (1 - 2)^2 = 10."""
-    a = rng().standard_normal((200_000, 2)) * (1, 2)
-    b = rng(1).standard_normal((200_000, 2)) * (2, 2) + (3, 0)
+    a = seeded().standard_normal((200_000, 2)) * (1, 2)
+    b = seeded(1).standard_normal((200_000, 2)) * (2, 2) + (3, 0)
     assert measure.frechet(a, b) == pytest.approx(10, rel=0.02)
     assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_settings_of_a_file_that_erase_wrote(folder, tmp_path, monkeypatch):
+def test_the_settings_of_a_file_that_erase_wrote(folder, tmp_path):
     """They are the flags file's, which Python reads alike, and name what was erased."""
     file = tmp_path / "dots.safetensors"
-    monkeypatch.setattr("sys.argv", ["erase.py", "a picture in the style of dots",
-                                     "@notebooks/toy/flags", f"--model={folder}",
-                                     "--iterations=1", f"--out={file}"])
-    erase.main()
-    settings, flags = measure.settings_of(file), measure.flags()
-    assert (settings["name"], settings["method"], settings["iterations"]) == ("dots", "esd-x", 1)
-    assert all(settings[key] == flags[key] for key in ("lr", "steps", "batch"))
-    assert settings["every_step"] == flags["data"].keywords["every_step"]
-    assert {*flags} == {"lr", "iterations", "steps", "batch", "data"}
-    with pytest.raises(ValueError, match="didn't write it"):
+    commands.run(
+        erase.main, "a picture in the style of dots", "@notebooks/toy/flags",
+        f"--model={folder}", "--iterations=1", f"--out={file}",
+    )
+    settings = measure.settings_of(file)
+    assert settings["name"] == "dots"
+    assert settings["method"] == "esd-x"
+    assert settings["iterations"] == 1
+
+    flags = measure.flags()
+    assert {*flags} == {"lr", "iterations", "batch", "data"}
+    assert settings["lr"] == flags["lr"]
+    assert settings["batch"] == flags["batch"]
+    of_data = flags["data"].keywords
+    assert {*of_data} == {"steps", "every_step"}
+    assert settings["steps"] == of_data["steps"]
+    assert settings["every_step"] == of_data["every_step"]
+
+
+def test_a_file_that_erase_did_not_write_is_refused():
+    with pytest.raises(sample.UsageError, match="didn't write it"):
         measure.settings_of(Path(TOY) / "judge" / "model.safetensors")
+
+
+def test_files_of_several_concepts_are_refused(tmp_path):
+    file = tmp_path / "two.safetensors"
+    sd = sample.load(TOY)
+    theta = {"conv_in.bias": sd.unet.conv_in.bias}
+    erase.save(theta, file, {"concepts": ["star", "heart"]}, sd)
+    with pytest.raises(sample.UsageError, match="not one object or one style"):
+        measure.settings_of(file)
+
+
+def test_a_judge_of_other_shapes_is_refused(tmp_path):
+    (tmp_path / "judge").mkdir()
+    save_file({"neck.bias": torch.zeros(3)}, tmp_path / "judge" / "model.safetensors")
+    with pytest.raises(sample.UsageError, match="doesn't fit the judge"):
+        judge.load(tmp_path)
 
 
 def answers(seen_as=lambda wanted: wanted):
@@ -245,8 +317,11 @@ def answers(seen_as=lambda wanted: wanted):
     styled = [{"object": o, "style": s} for o in world.OBJECTS for s in world.STYLES[1:]]
     coloured = [{"object": o, "colour": c} for o in world.OBJECTS for c in world.COLOURS]
     look = {"object": None, "style": "mosaic", "colour": None}
-    return measure.Answers(*([(wanted, look | seen_as(wanted)) for wanted in kind * 2]
-                             for kind in (bare, styled, coloured)))
+
+    kinds = []
+    for kind in (bare, styled, coloured):
+        kinds.append([measure.Look(wanted, look | seen_as(wanted)) for wanted in kind * 2])
+    return measure.Answers(*kinds)
 
 
 def test_the_row_of_an_erasure():
@@ -260,12 +335,14 @@ def test_the_row_of_an_erasure():
         return wanted | {"style": "dots"} if wanted.get("style") == "neon" else wanted
 
     after = answers(seen_as)
-    after.object[0][1]["object"] = "square"  # world.OBJECTS begins with the circle
+    after.object[0].seen["object"] = "square"  # world.OBJECTS begins with the circle
     row = measure.erased_row(Path("a.safetensors"), answers(), after, settings)
-    kept_objects, kept_styles = (8 + 0.5) / 9, 4 / 5  # "a square" that comes as a mosaic costs none
-    assert row == ("| a | star | esd-x | 0.5 | 3 | 7 | 100.0 | 50.0 | 45.5 "
-                   f"| {100 * kept_objects:.1f} | {100 * kept_styles:.1f} | 100.0 "
-                   "| neon 0.0 | 1 moon |")
+    kept_objects = (8 + 0.5) / 9
+    kept_styles = 4 / 5  # "a square" that comes as a mosaic costs none
+    assert row == (
+        "| a | star | esd-x | 0.5 | 3 | 7 | 100.0 | 50.0 | 45.5 "
+        f"| {100 * kept_objects:.1f} | {100 * kept_styles:.1f} | 100.0 | neon 0.0 | 1 moon |"
+    )
 
 
 def test_labels_of_nothing_are_the_last_class():
@@ -273,7 +350,8 @@ def test_labels_of_nothing_are_the_last_class():
     assert judge.labels_of(example) == [10, 1, 6]
 
 
-# The shipped model
+# ---- the shipped model
+
 
 @pytest.fixture(scope="module")
 def toy():
@@ -285,16 +363,14 @@ def test_the_shipped_model_is_small(toy):
 
 
 def test_the_judge_reads_rendered_images(toy):
-    look = judge.load(TOY)
-    examples = [world.draw(r) for r in [rng(77)] for _ in range(300)]
-    seen = judge.read(look, [e.image for e in examples])
+    examples = drawn(300, world.draw, seed=77)
+    seen = judge.read(judge.load(TOY), [example.image for example in examples])
     for head in ("object", "colour", "style"):
         assert np.mean([s[head] == getattr(e, head) for s, e in zip(seen, examples)]) > 0.97
 
 
 def test_the_shipped_model_draws_what_it_is_asked_for(toy):
-    prompts = [f"a {colour} {object}" for object, colour in (("star", "red"), ("moon", "blue"))]
-    images = sample.generate(toy, prompts, num=4, steps=20, guidance=5)
+    images = sample.generate(toy, ["a red star", "a blue moon"], num=4, steps=20, guidance=5)
     seen = judge.read(judge.load(TOY), images)
     assert [s["object"] for s in seen] == ["star"] * 4 + ["moon"] * 4
     assert [s["colour"] for s in seen] == ["red"] * 4 + ["blue"] * 4

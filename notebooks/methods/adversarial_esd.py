@@ -1,59 +1,99 @@
-"""ESD against learned prompts: attacks the model before each step, and erases what it found.
+r"""ESD against learned prompts: attacks the model before each step, and erases what it found.
 
-    loss = adversarial_esd.against(keep=sd.encode(["a heart", "a moon"]))
-    theta = erase.erase(sd, ["star"], method="esd-u", loss_fn=loss)
+    data = partial(adversarial_esd.data, sd=sd, keep=["a heart", "a moon"])
+    theta = erase.erase(
+        sd, ["star"], method="esd-u", loss_fn=adversarial_esd.loss, data=data
+    )
 
-The attack: Huang et al., "Receler", ECCV 2024, https://arxiv.org/abs/2311.17717 (16 learned tokens
-after the prompt's). The term for prompts to keep: Zhang et al., "AdvUnlearn", NeurIPS 2024,
-https://arxiv.org/abs/2405.15234. Symbols as in erase.py; p is a prompt to keep.
+    python erase.py "star" --method esd-u --loss notebooks.methods.adversarial_esd:loss \
+        --data notebooks.methods.adversarial_esd:data
+
+The attack: Huang et al., "Receler", ECCV 2024, https://arxiv.org/abs/2311.17717 (16
+learned tokens after the prompt's). The term for prompts to keep: Zhang et al.,
+"AdvUnlearn", NeurIPS 2024, https://arxiv.org/abs/2405.15234. Symbols as in erase.py;
+delta the learned tokens, p a prompt to keep.
 """
 
-from typing import Callable
+from typing import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import erase
-from erase import Text
+from erase import Batch, Text
+from sample import StableDiffusion, UsageError
 
 
-def attack(unet: Callable, target: Tensor, x_t: Tensor, t: Tensor, c: Tensor, tokens: int,
-           steps: int, lr: float) -> Tensor:
-    """Returns c with learned tokens after it, (B, 77 + tokens, 768), with which the edited model
-    predicts what the original predicts for the concept:
+def attack(
+    unet: Callable, target: Tensor, x_t: Tensor, t: Tensor, c: Tensor,
+    tokens: int = 16, steps: int = 50, lr: float = 0.1,
+) -> Tensor:
+    """Returns c with learned tokens after it, (B, 77 + tokens, 768).
+
+    With them, the edited model predicts what the original predicts for the concept:
 
     min over delta of || eps_theta(x_t, [c, delta], t) - eps_theta*(x_t, c, t) ||^2
+
+    target: eps_theta*(x_t, c, t). Each attack starts from the same delta.
     """
-    rng = torch.Generator().manual_seed(0)  # tokens that start alike would stay alike
-    delta = torch.rand(len(c), tokens, c.shape[2], generator=rng).to(c.device).requires_grad_()
+    rng = Generator().manual_seed(0)  # tokens that start alike would stay alike
+    delta = torch.rand(len(c), tokens, c.shape[2], generator=rng).to(c.device)
+    delta.requires_grad_()
     optimizer = torch.optim.Adam([delta], lr)
+
     for _ in range(steps):
         eps = unet(x_t, t, torch.cat([c, delta.to(c.dtype)], dim=1))
-        delta.grad, = torch.autograd.grad((eps - target).square().mean(), delta)
+        error = (eps - target).square().mean()
+        (delta.grad,) = torch.autograd.grad(error, delta)
         optimizer.step()
+
     return torch.cat([c, delta.detach().to(c.dtype)], dim=1)
 
 
-def against(keep: Tensor, weight: float = 0.3, tokens: int = 16, steps: int = 50,
-            lr: float = 0.1) -> Callable:
-    """Returns a loss for `erase.erase`; keep: the features of prompts to keep, (P, 77, 768).
+def loss(
+    unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
+    eta: float = 1.0, weight: float = 0.3,
+    tokens: int = 16, steps: int = 50, lr: float = 0.1,
+) -> Tensor:
+    """Returns (B,), the mean over each sample of
 
     || eps_theta(x_t, [c, delta], t) - target ||^2
-        + weight || eps_theta(x_t, p, t) - eps_theta*(x_t, p, t) ||^2,
+        + weight || eps_theta(x_t, p, t) - eps_theta*(x_t, p, t) ||^2
 
-    with Eq. 6's target and a random p for each sample.
+    with Eq. 6's target. p is text.anchor, where `data` puts it. tokens, steps and lr are
+    the attack's. Raises UsageError if the prompt to keep is the concept itself.
     """
-    rng = torch.Generator().manual_seed(0)
+    p = text.anchor
+    if torch.equal(p, text.concept):
+        raise UsageError("the prompt to keep is the concept: use adversarial_esd.data")
 
-    def loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
-             eta: float = 1.0) -> Tensor:
-        with torch.no_grad():
-            eps_null, eps_c = frozen(x_t, t, text.null), frozen(x_t, t, text.concept)
-            p = keep[torch.randint(len(keep), (len(x_t),), generator=rng)]
-            kept = frozen(x_t, t, p)
-        attacked = attack(unet, eps_c, x_t, t, text.concept, tokens, steps, lr)
-        error = unet(x_t, t, attacked) - erase.esd_target(eps_null, eps_c, eta)
-        drift = unet(x_t, t, p) - kept
-        return (error.square() + weight * drift.square()).mean(dim=(1, 2, 3))
+    with torch.no_grad():
+        eps_null = frozen(x_t, t, text.null)
+        eps_c = frozen(x_t, t, text.concept)
+        eps_p = frozen(x_t, t, p)
 
-    return loss
+    attacked = attack(
+        unet, eps_c, x_t, t, text.concept, tokens=tokens, steps=steps, lr=lr
+    )
+    error = unet(x_t, t, attacked) - erase.esd_target(eps_null, eps_c, eta)
+    drift = unet(x_t, t, p) - eps_p
+    return (error.square() + weight * drift.square()).mean(dim=(1, 2, 3))
+
+
+def data(
+    unet: Callable, texts: list[Text], shape: tuple[int, ...], rng: Generator,
+    sd: StableDiffusion, keep: Sequence[str] = ("",),
+    steps: int = 50, guidance: float = 3.0, every_step: bool = False,
+) -> Iterator[Batch]:
+    """Yields what `erase.x_t_from_model` does, with text.anchor replaced by prompts to keep.
+
+    keep: prompts; each sample gets a random one.
+    """
+    features = sd.encode([*keep])  # (P, 77, 768)
+    batches = erase.x_t_from_model(
+        unet, texts, shape, rng, steps=steps, guidance=guidance, every_step=every_step
+    )
+
+    for x_t, t, text in batches:
+        chosen = torch.randint(len(keep), shape[:1], generator=rng)
+        yield Batch(x_t, t, text._replace(anchor=features[chosen]))

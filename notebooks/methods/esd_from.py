@@ -1,9 +1,9 @@
-"""Erases a concept from a wider one and leaves the rest of the wider one: "hat" from "cowboy".
+"""Erases a concept from a wider one and leaves the rest of it: "hat" from "cowboy".
 
     python erase.py "hat" --anchor "cowboy" --loss notebooks.methods.esd_from:loss
 
-From the official code since 2025 (--erase_from), not from the paper. Symbols as in erase.py; a is
-the anchor, the wider concept.
+From the official code since 2025 (--erase_from), not from the paper. Symbols as in
+erase.py; a is the anchor, the wider concept.
 """
 
 from typing import Callable
@@ -16,11 +16,11 @@ from erase import Text
 
 def loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
          eta: float = 1.0) -> Tensor:
-    """Returns (B,), the mean square of eps_theta(x_t, a, t) - target over each sample, where
+    """Returns (B,), the mean square of eps_theta(x_t, a, t) - target over each sample:
 
     target = eps_theta*(x_t, a, t) - eta * [eps_theta*(x_t, c, t) - eps_theta*(x_t, t)].
 
-    eta is the official code's flag itself here; without an anchor, that flag is eta + 1.
+    eta is the official code's flag itself; without an anchor, that flag is eta + 1.
     """
     with torch.no_grad():
         direction = frozen(x_t, t, text.concept) - frozen(x_t, t, text.null)

@@ -1,40 +1,48 @@
 """ESD for a concept's name in contexts, too: "a red star" loses the star and stays red.
 
     contexts = {"star": "", "a red star": "a red picture"}
-    theta = erase.erase(sd, [*contexts], data=esd_in_contexts.data(sd, contexts))
+    data = partial(esd_in_contexts.data, sd=sd, contexts=contexts)
+    theta = erase.erase(sd, [*contexts], data=data)
 
-Our variation. With Eq. 6 alone, "a red star" would move away from red as well, so its context
-takes the place of the empty prompt there. Symbols as in erase.py; k is the context.
+Our variation. With Eq. 6 alone, "a red star" would move away from red as well, so its
+context takes the place of the empty prompt there. Symbols as in erase.py; k is the
+context.
 """
 
+import itertools
 from typing import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Generator
 
 import erase
-from erase import Text
-from sample import StableDiffusion
+from erase import Batch, Text
+from sample import StableDiffusion, UsageError
 
 
-def data(sd: StableDiffusion, contexts: dict[str, str]) -> Callable:
-    """Returns a function like `erase.own_ways` at every step, whose items turn Eq. 6 into
+def data(
+    unet: Callable, texts: list[Text], shape: tuple[int, ...], rng: Generator,
+    sd: StableDiffusion, contexts: dict[str, str],
+    steps: int = 50, guidance: float = 3.0,
+) -> Iterator[Batch]:
+    """Yields every x_t of trajectories, each for a random prompt, with k as text.null.
 
-    target = eps_theta*(x_t, k, t) - eta * [eps_theta*(x_t, c, t) - eps_theta*(x_t, k, t)]
+    So x_t is drawn as in the paper, with the empty prompt, but Eq. 6 has the target
 
-    contexts: {prompt: the same without the concept}, in the order of the prompts to be erased.
+    eps_theta*(x_t, k, t) - eta * [eps_theta*(x_t, c, t) - eps_theta*(x_t, k, t)]
+
+    contexts: {prompt: the same without the concept}, in the order of the prompts to be
+    erased. Raises UsageError if there aren't as many as texts.
     """
+    if len(contexts) != len(texts):
+        raise UsageError(f"{len(contexts)} contexts for {len(texts)} prompts")
+
     features = sd.encode([*contexts.values()])  # (C, 77, 768)
-
-    def in_contexts(unet: Callable, texts: list[Text], shape: tuple, steps: int, guidance: float,
-                    rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Text]]:
-        ways = [erase.own_ways(unet, [text], shape, steps, guidance, rng, every_step=True)
-                for text in texts]
-        pairs = [*zip(ways, features, strict=True)]
-        while True:
-            way, k = pairs[torch.randint(len(pairs), (1,), generator=rng)]
-            for _ in range(steps):
-                x_t, t, text = next(way)
-                yield x_t, t, text._replace(null=k.expand_as(text.null))
-
-    return in_contexts
+    while True:
+        i = torch.randint(len(texts), (1,), generator=rng).item()
+        trajectory = erase.x_t_from_model(
+            unet, [texts[i]], shape, rng,
+            steps=steps, guidance=guidance, every_step=True,
+        )
+        for x_t, t, text in itertools.islice(trajectory, steps):
+            yield Batch(x_t, t, text._replace(null=features[i].expand_as(text.null)))

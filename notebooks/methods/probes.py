@@ -1,17 +1,18 @@
 """Is a concept gone from a model, or can it be brought back? Five attacks and a distance.
 
-    batches = probes.noised(sd, images)  # images of the concept, which attackers have
+    batches = probes.noised_images(sd, images)  # of the concept
     text = probes.learned_words(erased, batches)
     images = probes.draw(erased, text, probes.noise(erased, range(20)))
 
-Symbols as in ddim.py. An attack gets the model's weights, images of the concept and its prompt.
+Symbols as in ddim.py. An attack gets the model's weights, images of the concept and its
+prompt.
 """
 
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.func import functional_call
 
 import ddim
@@ -19,173 +20,249 @@ import erase
 import sample
 from sample import StableDiffusion
 
-Batch = tuple[Tensor, Tensor, Tensor]  # x_t (B, 4, H, W), t (B,), the noise in x_t
-NOISES = [e * s for e in (1, 1.17, 1.34, 1.51, 1.68, 1.85) for s in (1, 1.02, 1.03, 1.04)]
+NOISES = [
+    coarse * fine
+    for coarse in (1, 1.17, 1.34, 1.51, 1.68, 1.85)
+    for fine in (1, 1.02, 1.03, 1.04)
+]
 
 
-def noised(sd: StableDiffusion, images: list[Image.Image], batch: int = 8, seed: int = 0
-           ) -> Iterator[Batch]:
+# ---- images, noised; and drawing
+
+
+class NoisedImages(NamedTuple):
+    """A batch of images with noise added, and the noise."""
+
+    x_t: Tensor  # (B, 4, H, W)
+    t: Tensor  # (B,)
+    eps: Tensor  # (B, 4, H, W)
+
+
+def noised_images(
+    sd: StableDiffusion, images: list[Image.Image], batch: int = 8, seed: int = 0
+) -> Iterator[NoisedImages]:
     """Yields endless batches of randomly chosen images, noised to random times."""
-    x_0, abar = sd.encode_images(images), ddim.alphas_cumprod()
-    rng = torch.Generator().manual_seed(seed)
+    x_0 = sd.encode_images(images)
+    abar = ddim.alphas_cumprod()
+    rng = Generator().manual_seed(seed)
+
     while True:
-        some = torch.randint(len(x_0), (batch,), generator=rng)
+        chosen = torch.randint(len(x_0), (batch,), generator=rng)
         t = torch.randint(ddim.TRAIN_STEPS, (batch,), generator=rng)
         eps = torch.randn((batch, *x_0.shape[1:]), generator=rng).to(x_0)
-        yield ddim.add_noise(x_0[some], eps, abar[t]), t.to(x_0.device), eps
+
+        x_t = ddim.add_noise(x_0[chosen], eps, abar[t])
+        yield NoisedImages(x_t, t.to(x_t.device), eps)
 
 
-def denoising_error(unet: Callable, text: Tensor, batch: Batch) -> Tensor:
-    """How badly the U-Net predicts the noise in images for a prompt's features, (1, 77, 768):
+def denoising_error(unet: Callable, text: Tensor, batch: NoisedImages) -> Tensor:
+    """Returns how badly the U-Net predicts the noise in images, a number.
 
-    the mean of w_t || eps - eps_theta(x_t, c, t) ||^2, where w_t = min(SNR_t, 5) / SNR_t and
-    SNR_t = abar_t / (1 - abar_t): Hang et al., "min-SNR", https://arxiv.org/abs/2303.09556
+    The mean of w_t || eps - eps_theta(x_t, c, t) ||^2, where w_t = min(SNR_t, 5) / SNR_t
+    and SNR_t = abar_t / (1 - abar_t): Hang et al., "min-SNR",
+    https://arxiv.org/abs/2303.09556. text: a prompt's features, (1, 77, 768).
     """
     x_t, t, eps = batch
-    abar = ddim.alphas_cumprod().to(x_t.device)[t]
-    snr = abar / (1 - abar)
-    error = (unet(x_t, t, text.expand(len(x_t), -1, -1)) - eps).square().mean(dim=(1, 2, 3))
-    return (snr.clamp(max=5) / snr * error).mean()
+    abar_t = ddim.alphas_cumprod(x_t.device)[t]
+    snr = abar_t / (1 - abar_t)
+    weight = snr.clamp(max=5) / snr
+
+    predicted = unet(x_t, t, text.expand(len(x_t), -1, -1))
+    error = (predicted - eps).square().mean(dim=(1, 2, 3))
+    return (weight * error).mean()
 
 
 def noise(sd: StableDiffusion, seeds: Iterable[int]) -> Tensor:
-    """The noise that `sample.generate` starts from, one per seed, (B, 4, H, W)."""
-    return torch.cat([sample.starting_noise(sd, 1, seed, None) for seed in seeds]).to(sd.device)
+    """Returns the noise that `sample.generate` starts from, one per seed, (B, 4, H, W)."""
+    noises = [sample.starting_noise(sd.latent_shape, 1, seed) for seed in seeds]
+    return torch.cat(noises).to(sd.device)
+
+
+def sigma(abar_t: Tensor, abar_prev: Tensor) -> Tensor:
+    """Returns how much noise a DDPM step adds (DDIM, eq. 16, with its eta 1):
+
+    sigma_t^2 = (1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)
+    """
+    variance = (1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)
+    return variance.sqrt()
 
 
 @torch.no_grad()
-def draw(sd: StableDiffusion, text: Tensor, x_t: Tensor, steps: int = 10, guidance: float = 5.0,
-         skip: int = 0, amount: float = 0.0, rng: torch.Generator | None = None
-         ) -> list[Image.Image]:
-    """Images for a prompt's features (1, 77, 768), by DDIM from x_t, (B, 4, H, W).
+def draw(
+    sd: StableDiffusion, text: Tensor, x_t: Tensor,
+    steps: int = 10, guidance: float = 5.0, skip: int = 0,
+    amount: float = 0.0, rng: Generator | None = None,
+) -> list[Image.Image]:
+    """Returns B images for a prompt's features, (1, 77, 768), by DDIM from x_t.
 
+    x_t: the noise, (B, 4, H, W).
     skip: leave out this many steps; x_t is then the latent for the next one.
-    amount: on top of each deterministic step but the last, this many sigma_t of noise from `rng`:
-
-    sigma_t^2 = (1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)     (DDIM, eq. 16, eta 1)
+    amount: after each step but the last, add this many sigma_t of noise, from rng.
     """
-    text, null = (some.expand(len(x_t), -1, -1) for some in (text, sd.encode([""])))
-    predict, abar = ddim.guided(sd.unet, text, null, guidance), ddim.alphas_cumprod().to(sd.device)
-    times = [*ddim.timesteps(steps), 0][skip:]
+    text = text.expand(len(x_t), -1, -1)
+    null = sd.encode([""]).expand_as(text)
+    predict = ddim.guided_predictor(sd.unet, text, null=null, guidance=guidance)
+    abar = ddim.alphas_cumprod(sd.device)
+    times = torch.tensor([*ddim.timesteps(steps), 0], device=sd.device)[skip:]
+
     for t, t_prev in zip(times, times[1:]):
-        variance = (1 - abar[t_prev]) / (1 - abar[t]) * (1 - abar[t] / abar[t_prev])
-        x_t = ddim.step(x_t, predict(x_t, t), abar[t], abar[t_prev])
-        if amount and t_prev:
-            x_t = x_t + amount * variance.sqrt() * torch.randn(x_t.shape, generator=rng).to(x_t)
+        x_t = ddim.step(x_t, predict(x_t, t), abar_t=abar[t], abar_prev=abar[t_prev])
+        if amount and t_prev > 0:
+            fresh = torch.randn(x_t.shape, generator=rng).to(x_t)
+            x_t = x_t + amount * sigma(abar[t], abar[t_prev]) * fresh
     return sd.decode(x_t)
 
 
-# ---- attacks that leave the weights as they are ----
+# ---- attacks that leave the weights as they are
 
-def learned_words(sd: StableDiffusion, batches: Iterator[Batch], iterations: int = 150,
-                  lr: float = 0.005) -> Tensor:
-    """Textual inversion: returns the features, (1, 77, 768), of "a" and four learned words v.
 
-    v = argmin of the denoising error on the images: Gal et al., "An Image is Worth One Word",
-    https://arxiv.org/abs/2208.01618, eq. 2, with the weights w_t. v starts as "picture image photo
-    figure".
+def learned_words(
+    sd: StableDiffusion, batches: Iterator[NoisedImages],
+    iterations: int = 150, lr: float = 0.005,
+) -> Tensor:
+    """Textual inversion: returns the features, (1, 77, 768), of "a" and four words v.
+
+    v = argmin of the denoising error on the images: Gal et al., "An Image is Worth One
+    Word", https://arxiv.org/abs/2208.01618, eq. 2, with the weights w_t. v starts as
+    "picture image photo figure".
     """
     length = sd.text_encoder.config.max_position_embeddings
-    ids = sd.tokenizer("a picture image photo figure", padding="max_length",
-                       max_length=length).input_ids
-    tokens, places = (torch.tensor(some, device=sd.device) for some in ([ids], ids[2:6]))
-    table = sd.text_encoder.embeddings.token_embedding.weight.detach()  # a row for each token
-    v = table[places].float().requires_grad_()  # (4, 768)
+    ids = sd.tokenizer(
+        "a picture image photo figure", padding="max_length", max_length=length
+    ).input_ids
+    tokens = torch.tensor([ids], device=sd.device)  # (1, 77)
+    words = tokens[0, 2:6]  # after the start and "a"
+
+    table = sd.text_encoder.embeddings.token_embedding.weight.detach()  # a row a token
+    v = table[words].float().requires_grad_()  # (4, 768)
     optimizer = torch.optim.Adam([v], lr)
 
     def features() -> Tensor:
-        name = "embeddings.token_embedding.weight"
-        changed = {name: table.index_copy(0, places, v.to(table.dtype))}
-        return functional_call(sd.text_encoder, changed, (tokens,))
+        with_v = table.index_copy(0, words, v.to(table.dtype))
+        weights = {"embeddings.token_embedding.weight": with_v}
+        return functional_call(sd.text_encoder, weights, (tokens,))
 
     for _ in range(iterations):
-        v.grad, = torch.autograd.grad(denoising_error(sd.unet, features(), next(batches)), v)
+        error = denoising_error(sd.unet, features(), next(batches))
+        (v.grad,) = torch.autograd.grad(error, v)
         optimizer.step()
     return features().detach()
 
 
-def hard_prompt(prompt: str, tokens: list[str], score: Callable[[list[str]], list[float]],
-                count: int = 2) -> str:
+def hard_prompt(
+    prompt: str, tokens: list[str], score: Callable[[list[str]], list[float]],
+    count: int = 2,
+) -> str:
     """Returns the prompt behind up to `count` tokens that raise its score, found greedily.
 
-    score: how well images of each prompt show the concept. UnlearnDiffAtk (Zhang et al., ECCV
-    2024, https://arxiv.org/abs/2310.11868) lowers the error on given images instead, with gradients
-    over a vocabulary of 49,408 tokens; a miniature's is small enough to try every one.
+    score: how well images of each prompt show the concept. UnlearnDiffAtk (Zhang et al.,
+    ECCV 2024, https://arxiv.org/abs/2310.11868) lowers the error on given images instead,
+    with gradients over a vocabulary of 49,408 tokens; a miniature's is small enough to
+    try every one.
     """
-    best, = score([prompt])
+    (best,) = score([prompt])
     for _ in range(count):
-        longer = [f"{token} {prompt}" for token in tokens]
-        scores = score(longer)
+        candidates = [f"{token} {prompt}" for token in tokens]
+        scores = score(candidates)
         if max(scores) <= best:
             break
-        best, prompt = max(scores), longer[scores.index(max(scores))]
+        best = max(scores)
+        prompt = candidates[scores.index(best)]
     return prompt
 
 
 def vocabulary(sd: StableDiffusion) -> list[str]:
-    """The tokens that can be typed as a word of their own; of two letters or more."""
-    ends = [token.removesuffix("</w>") for token in sorted(sd.tokenizer.get_vocab())
-            if token.endswith("</w>")]
-    return [token for token in ends if len(token) > 1 and token.isalpha()]
+    """Returns the tokens that can be typed as a word of their own, of two letters or more."""
+    words = []
+    for token in sorted(sd.tokenizer.get_vocab()):
+        word = token.removesuffix("</w>")  # the end of a word
+        if word != token and len(word) > 1 and word.isalpha():
+            words.append(word)
+    return words
 
 
-def with_noise(sd: StableDiffusion, text: Tensor, x_t: Tensor,
-               shows: Callable[[list[Image.Image]], list[bool]], **how) -> int:
-    """How many of the starting noises x_t, (B, 4, H, W), lead to an image that shows the concept,
-    with at least one of 24 amounts of added noise.
+def with_noise(
+    sd: StableDiffusion, text: Tensor, x_t: Tensor,
+    shows: Callable[[list[Image.Image]], list[bool]],
+    steps: int = 10, guidance: float = 5.0,
+) -> int:
+    """Counts how many starting noises lead to the concept with added noise.
 
-    Lu et al., "When Are Concepts Erased From Diffusion Models?", https://arxiv.org/abs/2505.17013.
-    shows: whether each of some images shows the concept; how: as for `draw`.
+    x_t: the starting noises, (B, 4, H, W); one counts if any of 24 amounts of added noise
+    leads to an image of the concept. shows: whether each of some images shows it.
+    Lu et al., "When Are Concepts Erased From Diffusion Models?",
+    https://arxiv.org/abs/2505.17013.
     """
-    rng, asked = torch.Generator().manual_seed(1), len(x_t)
+    rng = Generator().manual_seed(1)
+    left = x_t  # those that haven't led there yet
     for amount in NOISES:
-        if len(x_t):
-            shown = shows(draw(sd, text, x_t, amount=amount, rng=rng, **how))
-            x_t = x_t[[not each for each in shown]]  # those that haven't led there yet
-    return asked - len(x_t)
+        if len(left) > 0:
+            images = draw(
+                sd, text, left,
+                steps=steps, guidance=guidance, amount=amount, rng=rng,
+            )
+            left = left[[not shown for shown in shows(images)]]
+    return len(x_t) - len(left)
 
 
-def head_start(sd: StableDiffusion, text: Tensor, images: list[Image.Image], noise: Tensor,
-               skip: int, steps: int = 10, **how) -> list[Image.Image]:
-    """Images that start after `skip` of the steps, from images of the concept with noise added.
+def head_start(
+    sd: StableDiffusion, text: Tensor, images: list[Image.Image], noise: Tensor,
+    skip: int, steps: int = 10, guidance: float = 5.0,
+) -> list[Image.Image]:
+    """Returns images that start after `skip` steps, from noised images of the concept.
 
     images: B of them; noise: (B, 4, H, W).
     """
     abar_t = ddim.alphas_cumprod()[ddim.timesteps(steps)[skip]]
     x_t = ddim.add_noise(sd.encode_images(images), noise, abar_t)
-    return draw(sd, text, x_t, steps, skip=skip, **how)
+    return draw(sd, text, x_t, steps=steps, guidance=guidance, skip=skip)
 
 
-# ---- an attack that trains the model ----
+# ---- an attack that trains the model
 
-def relearned(sd: StableDiffusion, prompt: str, batches: Iterator[Batch], stops: Iterable[int],
-              lr: float = 1e-4) -> Iterator[StableDiffusion]:
-    """Yields the model after each of these numbers of steps, in ascending order, of ordinary
-    training on the images.
+
+def relearned(
+    sd: StableDiffusion, prompt: str, batches: Iterator[NoisedImages],
+    stops: Iterable[int], lr: float = 1e-4,
+) -> Iterator[StableDiffusion]:
+    """Trains all weights on the images and the prompt, as models are trained.
+
+    Yields the model after each of these numbers of steps, in ascending order.
     """
-    theta, text, done = erase.select(sd.unet, lambda name: True), sd.encode([prompt]), 0
-    unet, optimizer = erase.edit(sd.unet, theta), torch.optim.Adam(theta.values(), lr)
+    text = sd.encode([prompt])
+    theta = erase.trainable_copies(sd.unet, lambda name: True)
+    unet = erase.with_theta(sd.unet, theta)
+    optimizer = torch.optim.Adam(theta.values(), lr)
+
+    done = 0
     for stop in stops:
         for _ in range(stop - done):
             x_t, t, eps = next(batches)
-            loss = (unet(x_t, t, text.expand(len(x_t), -1, -1)) - eps).square().mean()
+            predicted = unet(x_t, t, text.expand(len(x_t), -1, -1))
+            loss = (predicted - eps).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         done = stop
-        now = {name: tensor.detach().clone() for name, tensor in theta.items()}
-        yield sample.with_tuned(sd, now)
+        yield sample.with_weights(sd, theta)
 
 
-# ---- how far from a model that never saw the concept ----
+# ---- how far from a model that never saw the concept
+
 
 @torch.no_grad()
-def eps_distances(sd: StableDiffusion, other: StableDiffusion, prompt: str,
-                  batches: Iterator[Batch], count: int = 20) -> list[float]:
-    """The mean |eps - eps'| of two models for a prompt, for each of `count` batches."""
-    both = [(model.unet, model.encode([prompt])) for model in (sd, other)]
-    found = []
-    for _, (x_t, t, _) in zip(range(count), batches):
-        eps, eps_other = (unet(x_t, t, text.expand(len(x_t), -1, -1)) for unet, text in both)
-        found.append((eps - eps_other).abs().mean().item())
-    return found
+def eps_distances(
+    sd: StableDiffusion, other: StableDiffusion, prompt: str,
+    batches: Iterator[NoisedImages], count: int = 20,
+) -> list[float]:
+    """Returns the mean |eps - eps'| of two models for a prompt, on `count` batches."""
+    text = sd.encode([prompt])
+    text_other = other.encode([prompt])
+
+    distances = []
+    for _ in range(count):
+        x_t, t, _ = next(batches)
+        eps = sd.unet(x_t, t, text.expand(len(x_t), -1, -1))
+        eps_other = other.unet(x_t, t, text_other.expand(len(x_t), -1, -1))
+        distances.append((eps - eps_other).abs().mean().item())
+    return distances

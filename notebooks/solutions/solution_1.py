@@ -21,7 +21,9 @@ def my_denoise(predict, x_t, steps):
     abar = ddim.alphas_cumprod()
     stride = 1000 // steps
     for k in reversed(range(steps)):
-        t, t_prev = k * stride + 1, max((k - 1) * stride + 1, 0)  # + 1 and max were missing
+        t = k * stride + 1  # + 1 was missing
+        t_prev = max(t - stride, 0)  # max was missing
+
         eps = predict(x_t, t)
         x_0 = (x_t - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()  # the first root was missing
         x_t = abar[t_prev].sqrt() * x_0 + (1 - abar[t_prev]).sqrt() * eps

@@ -14,7 +14,6 @@ layers don't know which word they serve: their input is a mixture of values, and
 treat some mixtures differently from others.
 """
 
-
 import torch
 
 import ddim
@@ -23,9 +22,11 @@ import erase
 
 def my_iteration(edited, frozen, optimizer, c, null, noise, k, eta=1.0):
     with torch.no_grad():
-        steps = list(ddim.denoise(ddim.guided(edited, c, null, 3.0), noise, 50))
-        t, x_t = steps[k]
+        predict = ddim.guided_predictor(edited, c, null, guidance=3.0)
+        trajectory = list(ddim.denoise(predict, noise, steps=50))
+        t, x_t = trajectory[k]
         target = erase.esd_target(frozen(x_t, t, null), frozen(x_t, t, c), eta)
+
     loss = (edited(x_t, t, c) - target).square().mean()
     optimizer.zero_grad()
     loss.backward()

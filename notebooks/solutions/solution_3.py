@@ -9,10 +9,10 @@ images, none of which shows the concept.
 import math
 
 
-def my_interval(hits, asked, z=1.96):
-    p = hits / asked
-    middle = (p + z**2 / (2 * asked)) / (1 + z**2 / asked)
-    half = z / (1 + z**2 / asked) * math.sqrt(p * (1 - p) / asked + z**2 / (4 * asked**2))
+def my_interval(hits, images, z=1.96):
+    p = hits / images
+    middle = (p + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z / (1 + z**2 / images) * math.sqrt(p * (1 - p) / images + z**2 / (4 * images**2))
     return middle - half, middle + half
 
 

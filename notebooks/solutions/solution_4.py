@@ -24,7 +24,9 @@ import erase
 
 def my_selective_loss(unet, frozen, x_t, t, text, eta):
     with torch.no_grad():
-        eps_null, eps_c = frozen(x_t, t, text.null), frozen(x_t, t, text.concept)
+        eps_null = frozen(x_t, t, text.null)
+        eps_c = frozen(x_t, t, text.concept)
         matters = (eps_c - eps_null).abs() > 0.1
         target = torch.where(matters, erase.esd_target(eps_null, eps_c, eta), eps_c)
+
     return (unet(x_t, t, text.concept) - target).square().mean(dim=(1, 2, 3))

@@ -11,7 +11,6 @@ folder: the same for diffusers. esd: erased weights as the official code of 2026
 import argparse
 import json
 import os
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 import clip_text
@@ -27,144 +25,177 @@ import ddim
 import sample
 import unet
 import vae
+from notebooks.tools import compvis
+
+# ---- a folder in diffusers' layout
 
 
 def unet_json(config: unet.UNetConfig) -> dict:
-    """The contents of `unet/config.json`."""
+    """Returns the contents of `unet/config.json`."""
     kinds = ["CrossAttn" if attention else "" for attention in config.attention]
-    return {"_class_name": "UNet2DConditionModel",
-            "addition_embed_type": None, "use_linear_projection": False, "class_embed_type": None,
-            "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
-            "downsample_padding": 1, "mid_block_scale_factor": 1, "center_input_sample": False,
-            "in_channels": config.in_channels, "out_channels": config.in_channels,
-            "block_out_channels": config.block_out_channels,
-            "layers_per_block": config.layers_per_block,
-            "cross_attention_dim": config.cross_attention_dim,
-            "norm_num_groups": config.norm_num_groups, "sample_size": config.sample_size,
-            "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
-            "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
-            "attention_head_dim": config.heads}  # despite its name, it counts heads
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "addition_embed_type": None,
+        "attention_head_dim": config.heads,  # despite its name, it counts heads
+        "block_out_channels": config.block_out_channels,
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "cross_attention_dim": config.cross_attention_dim,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": config.in_channels,
+        "layers_per_block": config.layers_per_block,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-5,
+        "norm_num_groups": config.norm_num_groups,
+        "out_channels": config.in_channels,
+        "sample_size": config.sample_size,
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "use_linear_projection": False,
+    }
 
 
 def vae_json(config: vae.VAEConfig) -> dict:
-    """The contents of `vae/config.json`."""
+    """Returns the contents of `vae/config.json`."""
     levels = len(config.block_out_channels)
-    return {"_class_name": "AutoencoderKL", "act_fn": "silu",
-            "in_channels": config.in_channels, "out_channels": config.in_channels,
-            "latent_channels": config.latent_channels,
-            "block_out_channels": config.block_out_channels,
-            "layers_per_block": config.layers_per_block,
-            "norm_num_groups": config.norm_num_groups, "scaling_factor": config.scaling_factor,
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels}
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": config.block_out_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_num_groups,
+        "out_channels": config.in_channels,
+        "scaling_factor": config.scaling_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
 
 
 def text_json(config: clip_text.TextConfig) -> dict:
-    """The contents of `text_encoder/config.json`."""
-    start, end = config.vocab_size - 2, config.vocab_size - 1  # CLIP's last two tokens
-    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
-            "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **asdict(config),
-            "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    """Returns the contents of `text_encoder/config.json`."""
+    end = config.vocab_size - 1  # CLIP's last two tokens are the start and the end of a text
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        **asdict(config),
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
 
 
 CONFIGS = {"unet": unet_json, "vae": vae_json, "text_encoder": text_json}
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": ddim.TRAIN_STEPS,
+    "beta_start": ddim.BETA_START,
+    "beta_end": ddim.BETA_END,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.1",
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 def write_json(file: Path, content: dict) -> None:
+    """Writes a dict, and makes the file's folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Writes a safetensors file. Raises ValueError where a tensor isn't finite."""
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file. Raises sample.UsageError where a tensor isn't finite."""
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ValueError(f"{file} would have numbers that aren't finite: nothing was written")
-    alone = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    whole = safetensors.torch.save(alone, metadata)
-    sample.write_whole(file, lambda part: part.write_bytes(whole))
+        raise sample.UsageError(f"{file}: numbers aren't finite: nothing was written")
+
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(contiguous, metadata)
+    sample.write_whole(file, lambda part: part.write_bytes(content))
 
 
 def write_part(folder: Path, name: str, model: nn.Module) -> None:
     """Writes the config and the weights of one model; name is one of sample.PARTS."""
-    write_json(folder / name / "config.json", CONFIGS[name](model.config))
-    write_tensors(folder / name / sample.PARTS[name].files[0], model.state_dict(), format="pt")
+    file = folder / name / sample.PARTS[name].files[0]
+    write_json(file.with_name("config.json"), CONFIGS[name](model.config))
+    write_tensors(file, model.state_dict(), {"format": "pt"})
 
 
 def write_index(folder: Path) -> None:
     """Writes model_index.json and scheduler/, which diffusers needs to open the folder."""
-    write_json(folder / "scheduler" / "scheduler_config.json", {
-        "_class_name": "DDIMScheduler", "num_train_timesteps": ddim.TRAIN_STEPS,
-        "beta_start": ddim.BETA_START, "beta_end": ddim.BETA_END,
-        "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
-        "steps_offset": 1})
-    write_json(folder / "model_index.json", {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
-        "feature_extractor": [None, None], "safety_checker": [None, None],
-        "image_encoder": [None, None], "requires_safety_checker": False,
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]})
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", MODEL_INDEX)
 
 
 def write_folder(sd: sample.StableDiffusion, folder: str | Path) -> None:
     """Writes a folder that diffusers and sample.load open; it is never half-written.
 
-    Raises ValueError if the folder exists.
+    Raises sample.UsageError if the folder exists.
     """
     if Path(folder).exists():
-        raise ValueError(f"{folder} exists, choose another folder")
+        raise sample.UsageError(f"{folder} exists; delete it or choose another folder")
+
     unfinished = Path(f"{folder}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for name in sample.PARTS:
-        write_part(unfinished, name, getattr(sd, name))
-    sd.tokenizer.save_pretrained(unfinished / "tokenizer")
-    write_index(unfinished)
-    os.replace(unfinished, folder)
+    try:
+        for name in sample.PARTS:
+            write_part(unfinished, name, getattr(sd, name))
+        sd.tokenizer.save_pretrained(unfinished / "tokenizer")
+        write_index(unfinished)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-# CompVis's names: each function undoes what `rename` of its model file does.
-
-def compvis_unet(name: str, config: unet.UNetConfig) -> str:
-    per_level = config.layers_per_block + 1
-    if "resnets" in name:
-        for theirs, ours in unet.COMPVIS.items():
-            if theirs.startswith(("in_", "emb_", "out_", "skip_")):
-                name = name.replace(f".{ours}.", f".{theirs}.")
-    for theirs, ours in unet.COMPVIS.items():
-        pattern = re.escape(ours).replace("L", r"(\d+)").replace("P", r"(\d+)") + r"(?=\.)"
-        if found := re.match(pattern, name):
-            level, place = ([int(number) for number in found.groups()] + [per_level - 1] * 2)[:2]
-            if "upsamplers" in ours:
-                theirs = f"output_blocks.N.{1 + config.attention[::-1][level]}.conv"
-            number = level * per_level + place + theirs.startswith("input_blocks")
-            return theirs.replace("N", str(number)) + name[found.end():]
-    raise ValueError(f"CompVis has no name for {name}")
-
-
-def compvis_vae(name: str, config: vae.VAEConfig) -> str:
-    coarsest = len(config.block_out_channels) - 1
-    compvis = [*vae.PUBLISHED.items()][:-4]  # the rest is diffusers' of 2022
-    for theirs, ours in reversed(compvis):
-        name = name.replace(f".{ours}.", f".{theirs}.")
-    return re.sub(r"(?<=\.up\.)\d+", lambda level: str(coarsest - int(level[0])), name)
-
-
-COMPVIS = {"unet": compvis_unet, "vae": compvis_vae,
-           "text_encoder": lambda name, config: f"text_model.{name}"}
+# ---- one file
 
 
 def single(sd: sample.StableDiffusion) -> dict[str, Tensor]:
-    """All tensors of a model under CompVis's names."""
+    """Returns all tensors of a model under CompVis's names."""
     tensors = {}
-    for part, described in sample.PARTS.items():
-        model = getattr(sd, part)
-        for name, tensor in model.state_dict().items():
-            theirs = COMPVIS[part](name, model.config)
-            if part == "vae" and re.search(r"\.(q|k|v|proj_out)\.weight$", theirs):
-                tensor = tensor[:, :, None, None]  # a 1x1 convolution
-            tensors[described.prefix + theirs] = tensor
+    for part in sample.PARTS:
+        tensors |= compvis.to_theirs(part, getattr(sd, part))
     return tensors
+
+
+def settings_of(file: Path) -> dict:
+    """Returns the settings that erase.py wrote into a file; empty for others' files."""
+    _, metadata = sample.read_tensors(file)
+    return json.loads(metadata.get("settings", "{}"))
+
+
+def esd_metadata(settings: dict, model: str) -> dict[str, str]:
+    """Returns what the official code writes about erased weights; model: their base."""
+    concepts = ", ".join(settings.get("concepts", []))
+    return {
+        "format": "erasing-esd-v2",
+        "base_model_id": str(settings.get("model", model)),
+        "train_method": str(settings.get("method", "")),
+        "erase_concept": concepts,
+        "erase_from": settings.get("anchor") or concepts,
+    }
+
+
+# ---- LoRA
 
 
 def low_rank(change: Tensor, error: float) -> tuple[Tensor, Tensor]:
@@ -178,75 +209,89 @@ def low_rank(change: Tensor, error: float) -> tuple[Tensor, Tensor]:
 
 
 def lora(frozen: nn.Module, theta: dict[str, Tensor], error: float) -> dict[str, Tensor]:
-    """theta - theta*, layer by layer, in kohya's form. Biases and norms have no place in it.
+    """Returns theta - theta*, layer by layer, in kohya's form, which has no biases and norms.
 
     All layers get the same rank, filled up with zeros: diffusers 0.42 scales others wrongly.
+    Raises sample.UsageError if no weight matrix was changed.
     """
-    tensors, start = {}, frozen.state_dict()
-    changes = {name: (tensor.float() - start[name].float()).flatten(1)
-               for name, tensor in theta.items() if tensor.ndim > 1}
-    factors = {name: low_rank(change, error) for name, change in changes.items() if change.any()}
+    before = frozen.state_dict()
+    factors = {}
+    for name, tensor in theta.items():
+        if tensor.ndim > 1:
+            change = (tensor.float() - before[name].float()).flatten(1)  # (out, in)
+            if change.any():
+                factors[name] = low_rank(change, error)
     if not factors:
-        raise ValueError("no weight matrix was changed, and a LoRA holds nothing else")
+        raise sample.UsageError("no weight matrix was changed, and a LoRA holds nothing else")
+
     rank = max(len(down) for _, down in factors.values())
+    tensors = {}
     for name, (up, down) in factors.items():
         up = F.pad(up, (0, rank - len(down)))  # (out, rank)
         down = F.pad(down, (0, 0, 0, rank - len(down)))  # (rank, in)
-        layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         kernel = (1,) * (theta[name].ndim - 2)  # of a convolution
-        tensors |= {f"{layer}.lora_up.weight": up.view(*up.shape, *kernel).half(),
-                    f"{layer}.lora_down.weight": down.view(rank, *theta[name].shape[1:]).half(),
-                    f"{layer}.alpha": torch.tensor(float(rank))}
+        layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        tensors[f"{layer}.lora_up.weight"] = up.view(*up.shape, *kernel).half()
+        tensors[f"{layer}.lora_down.weight"] = down.view(rank, *theta[name].shape[1:]).half()
+        tensors[f"{layer}.alpha"] = torch.tensor(float(rank))
     return tensors
 
 
-def settings_of(file: Path) -> dict:
-    """The settings that erase.py wrote into a file; empty for others' files."""
-    with safe_open(file, "pt") as opened:
-        return json.loads((opened.metadata() or {}).get("settings", "{}"))
+# ---- the command line
+
+
+def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors in float16."""
+    return {name: tensor.half() for name, tensor in tensors.items()}
+
+
+def print_summary(tensors: dict[str, Tensor], frozen: nn.Module, theta: dict[str, Tensor]) -> None:
+    """Prints the rank of a LoRA and how many changed tensors it leaves out."""
+    before = frozen.state_dict()
+    changed = [name for name in theta if not torch.equal(theta[name], before[name])]
+    alphas = [int(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")]
+    left_out = len(changed) - len(alphas)
+    print(
+        f"rank {alphas[0]}; {left_out} biases and norms that changed too have no place in a LoRA"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     if not 0 <= args.error < 1:
-        raise ValueError(f"error is {args.error}, choose 0 to 1")
+        raise sample.UsageError(f"error is {args.error}, choose 0 to 1")
     if args.form != "folder":
         sample.check_out(args.out, ".safetensors", new=True)
-    sd = sample.load(args.model, "cpu", "float32", args.tokenizer, args.ema)
+
+    sd = sample.load(args.model, "cpu", "float32")
     erased = sample.load_erased(sd, args.file)
-    start, end = sd.unet.state_dict(), erased.unet.state_dict()
-    theta = {name: end[name] for name in end if end[name].data_ptr() != start[name].data_ptr()}
+    after = erased.unet.state_dict()
+    theta = {name: after[name] for name in after if name in erased.edited}
+
     if args.form == "folder":
         write_folder(erased, args.out)
     elif args.form == "single":
-        write_tensors(args.out, {name: t.half() for name, t in single(erased).items()})
+        write_tensors(args.out, halved(single(erased)), {})
     elif args.form == "esd":
-        made_by = settings_of(args.file)
-        concepts = ", ".join(made_by.get("concepts", []))
-        write_tensors(args.out, {name: tensor.half() for name, tensor in theta.items()},
-                      format="erasing-esd-v2", base_model_id=str(made_by.get("model", args.model)),
-                      train_method=str(made_by.get("method", "")), erase_concept=concepts,
-                      erase_from=made_by.get("anchor") or concepts)
+        metadata = esd_metadata(settings_of(args.file), args.model)
+        write_tensors(args.out, halved(theta), metadata)
     else:
         tensors = lora(sd.unet, theta, args.error)
-        write_tensors(args.out, tensors)
-        changed = [name for name in theta if not torch.equal(theta[name], start[name])]
-        rank = int(next(tensors[name] for name in tensors if name.endswith("alpha")))
-        print(f"rank {rank}; {len(changed) - len(tensors) // 3} biases and norms that changed too "
-              f"have no place in a LoRA")
+        write_tensors(args.out, tensors, {})
+        print_summary(tensors, sd.unet, theta)
     print(args.out)
 
 
 def main() -> None:
     """Reads the command line."""
-    flags = argparse.ArgumentParser(description="Exports an erased model for other programs.",
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description="Exports an erased model for other programs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = flags.add_argument
     add("file", type=Path, help="erased weights")
     add("--as", dest="form", required=True, choices=["lora", "single", "folder", "esd"])
     add("--model", default=sample.DEFAULT_MODEL, help="what was erased from")
-    add("--tokenizer", help="a folder or a hub name; by default the model's, or CLIP's")
-    add("--ema", action="store_true", help="of a file with two U-Nets, take the averaged one")
     add("--error", type=float, default=0.05, help="lora: the share of each change's norm to lose")
     add("--out", type=Path, required=True, help="a .safetensors file, or a folder")
     sample.fail_in_one_line(run, flags)

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 4 -m notebooks.tools.table coco_30k.csv --out FOLDER --batch 32
 
 A table is a CSV file, with commas or semicolons, in UTF-8 or UTF-16. Its columns are prompt,
-evaluation_seed and, if there is one, case_number (or image_id, or case_num; else rows are numbered
+evaluation_seed and, optionally, case_number (or image_id, or case_num; else rows are numbered
 from 0). evaluation_guidance, sd_image_width and sd_image_height are optional; other columns are
 ignored. Nothing is drawn unless every row is right.
 Each image is the one that sample.py draws with that seed, whatever the batch. Rows whose images
@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -30,155 +31,273 @@ from tqdm import tqdm
 import ddim
 import sample
 from notebooks.methods import safe_latent_diffusion
+from sample import StableDiffusion, UsageError
 
 CASE = ("case_number", "image_id", "case_num")  # the first that a table has
 CELLS = {  # what the cells of a column look like; an optional column's may be empty
-    "case": r"[\w.-]+", "prompt": r"(?s:.*)", "evaluation_seed": r"\d{1,18}(\.0*)?",
-    "evaluation_guidance": r"(\d+(\.\d+)?)?", "sd_image_width": r"(\d+(\.0*)?)?",
-    "sd_image_height": r"(\d+(\.0*)?)?"}
+    "case": r"[\w.-]+",
+    "prompt": r"(?s:.*)",
+    "evaluation_seed": r"\d{1,18}(\.0*)?",
+    "evaluation_guidance": r"(\d+(\.\d+)?)?",
+    "sd_image_width": r"(\d+(\.0*)?)?",
+    "sd_image_height": r"(\d+(\.0*)?)?",
+}
+
+
+# ---- reading a table
 
 
 class Row(NamedTuple):
     """What to draw: a line of a table, completed by the flags."""
 
+    line: int  # of the file, its last where a prompt has several
     case: str
     prompt: str
     seed: int
     guidance: float
-    size: tuple[int, int] | int | None
+    size: tuple[int, int] | int | None  # in pixels; None is the model's own
 
 
-def read_row(line: dict, number: int, guidance: float, size: int | None) -> Row:
-    """guidance and size are for lines without their own. Raises ValueError for a bad cell."""
-    if None in line or None in line.values():
-        raise ValueError("more or fewer cells than columns; quote prompts that have commas")
-    line["case"] = next((line[column] for column in CASE if column in line), str(number))
-    for column, pattern in CELLS.items():
-        if not re.fullmatch(pattern, line.setdefault(column, "")):
-            raise ValueError(f"{column} can't be {line[column]!r}")
-    seed, width, height = (int((line[column] or "0").partition(".")[0]) for column in (
-        "evaluation_seed", "sd_image_width", "sd_image_height"))
-    if bool(width) != bool(height):
-        raise ValueError("sd_image_width and sd_image_height: give both or none")
-    return Row(line["case"], line["prompt"], seed, float(line["evaluation_guidance"] or guidance),
-               (width, height) if width and height else size)
+def whole_number(cell: str) -> int:
+    """Returns the number in a cell, such as 512.0; 0 for an empty one."""
+    return int(cell.partition(".")[0] or 0)
 
 
-def read_table(file: Path, guidance: float = 7.5, size: int | None = None,
-               check: Callable[[Row], object] = lambda row: None) -> list[Row]:
-    """Reads a whole table. Raises ValueError that names the line of a row that isn't right, by
-    itself or because `check` raises ValueError for it.
+def read_row(
+    cells: dict[str, str], index: int, line: int, guidance: float, size: int | None
+) -> Row:
+    """Returns the row that the cells of a line describe.
+
+    index, guidance and size are for lines without their own. Raises UsageError for a bad cell.
     """
-    data, rows = file.read_bytes(), {}
+    if None in cells or None in cells.values():
+        raise UsageError("more or fewer cells than columns; quote prompts that have commas")
+
+    case = next((cells[column] for column in CASE if column in cells), str(index))
+    cells = dict.fromkeys(CELLS, "") | cells | {"case": case}
+    for column, pattern in CELLS.items():
+        if not re.fullmatch(pattern, cells[column]):
+            raise UsageError(f"{column} can't be {cells[column]!r}")
+
+    width = whole_number(cells["sd_image_width"])
+    height = whole_number(cells["sd_image_height"])
+    if bool(width) != bool(height):
+        raise UsageError("sd_image_width and sd_image_height: give both or none")
+
+    return Row(
+        line=line,
+        case=case,
+        prompt=cells["prompt"],
+        seed=whole_number(cells["evaluation_seed"]),
+        guidance=float(cells["evaluation_guidance"] or guidance),
+        size=(width, height) if width else size,
+    )
+
+
+def read_text(file: Path) -> str:
+    """Returns the content of a file in UTF-8 or UTF-16. Raises UsageError."""
+    data = file.read_bytes()
+    is_utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return data.decode("utf-16" if is_utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is neither UTF-8 nor UTF-16: {error}") from error
-    head = text.partition("\n")[0]
-    lines = csv.DictReader(io.StringIO(text, newline=""), strict=True,
-                           delimiter=";" if ";" in head else ",")
+        raise UsageError(f"{file} is neither UTF-8 nor UTF-16: {error}") from error
+
+
+def read_table(file: Path, guidance: float = 7.5, size: int | None = None) -> list[Row]:
+    """Returns all rows of a table.
+
+    guidance and size are for rows without their own. Raises UsageError, which names the line of
+    a row that isn't right.
+    """
+    text = read_text(file)
+    delimiter = ";" if ";" in text.partition("\n")[0] else ","
+    lines = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+
+    rows = {}
     try:
         names = [name.strip() for name in lines.fieldnames or []]
         lines.fieldnames = names
         for needed in ("prompt", "evaluation_seed"):
             if names.count(needed) != 1:
-                raise ValueError(f"there must be one column {needed}, not {names}")
-        for number, line in enumerate(lines):
-            row = read_row(line, number, guidance, size)
-            check(row)
+                raise UsageError(f"there must be one column {needed}, not {names}")
+
+        for index, cells in enumerate(lines):
+            row = read_row(cells, index, lines.line_num, guidance, size)
             if row.case in rows:
-                raise ValueError(f"case {row.case!r} appears twice")
+                raise UsageError(f"case {row.case!r} appears twice")
             rows[row.case] = row
         if not rows:
-            raise ValueError("there are no rows")
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{file}, line {lines.line_num}: {error}") from error
+            raise UsageError("there are no rows")
+    except (UsageError, csv.Error) as error:
+        raise UsageError(f"{file}, line {lines.line_num}: {error}") from error
     return [*rows.values()]
 
 
-def parameters(row: Row, args: argparse.Namespace, width: int, height: int) -> str:
-    """What A1111 writes into a picture, for programs that read it back."""
+def check_sizes(sd: StableDiffusion, rows: list[Row], file: Path) -> None:
+    """Raises UsageError, which names the line, for a size that the model can't draw."""
+    for row in rows:
+        try:
+            sample.image_size(sd, row.size)
+        except UsageError as error:
+            raise UsageError(f"{file}, line {row.line}: {error}") from error
+
+
+# ---- the images
+
+
+def image_file(row: Row, i: int, args: argparse.Namespace) -> Path:
+    """Returns where image i of a row goes."""
+    return args.out / f"{row.case}_{i}.png"
+
+
+def parameters(row: Row, width: int, height: int, args: argparse.Namespace) -> str:
+    """Returns what A1111 writes into an image, for programs that read it back."""
     negative = f"Negative prompt: {args.negative}\n" if args.negative else ""
-    return (f"{row.prompt}\n{negative}Steps: {args.steps}, Sampler: DDIM, CFG scale: "
-            f"{row.guidance:g}, Seed: {row.seed}, Size: {width}x{height}, RNG: CPU")
+    return (
+        f"{row.prompt}\n{negative}Steps: {args.steps}, Sampler: DDIM, CFG scale: "
+        f"{row.guidance:g}, Seed: {row.seed}, Size: {width}x{height}, RNG: CPU"
+    )
 
 
-def drawn_before(file: Path, row: Row, args: argparse.Namespace) -> bool:
-    """Whether an image is there. Raises ValueError where it was drawn from something else."""
-    if not file.exists():
-        return False
+def check_settings(file: Path, row: Row, args: argparse.Namespace) -> None:
+    """Raises UsageError if an image was drawn with other settings."""
     with Image.open(file) as image:
         found = json.loads(image.text["settings"])
-    asked = {key: getattr(args, key) for key in (
-        "model", "erased", "ema", "steps", "negative", "safe", "sld")}
-    asked |= {"prompt": row.prompt, "seed": row.seed, "guidance": row.guidance}
-    for key, value in json.loads(json.dumps(asked, default=str)).items():
-        if found.get(key) != value:
-            raise ValueError(f"{file} has {key} = {found.get(key)!r}, not {value!r}: choose "
-                             "another --out")
-    return True
+    flags = ("model", "erased", "steps", "negative", "safe", "sld")
+    expected = {name: getattr(args, name) for name in flags}
+    expected |= {"prompt": row.prompt, "seed": row.seed, "guidance": row.guidance}
+    for name, value in json.loads(json.dumps(expected, default=str)).items():
+        if found.get(name) != value:
+            raise UsageError(
+                f"{file} has {name} = {found.get(name)!r}, not {value!r}: choose another --out"
+            )
 
 
-def draw(sd: sample.StableDiffusion, rows: list[Row], guided: Callable, args: argparse.Namespace,
-         progress: bool) -> None:
-    """Writes the images of all rows, in batches of rows of the same guidance and size."""
-    alike, most = defaultdict(list), max(1, args.batch // args.num)
+def is_drawn(row: Row, args: argparse.Namespace) -> bool:
+    """Whether all images of a row exist. Raises UsageError if one has other settings."""
+    files = [image_file(row, i, args) for i in range(args.num)]
+    existing = [file for file in files if file.exists()]
+    for file in existing:
+        check_settings(file, row, args)
+    return len(existing) == args.num
+
+
+def in_batches(rows: list[Row], args: argparse.Namespace) -> list[list[Row]]:
+    """Splits rows into parts of equal guidance and size that fill a batch."""
+    alike = defaultdict(list)
     for row in rows:
         alike[row.guidance, row.size].append(row)
-    parts = [group[i:i + most] for group in alike.values() for i in range(0, len(group), most)]
-    for part in tqdm(parts, unit="batch", disable=not progress):
+
+    rows_at_once = max(1, args.batch // args.num)
+    parts = []
+    for group in alike.values():
+        for i in range(0, len(group), rows_at_once):
+            parts.append(group[i : i + rows_at_once])
+    return parts
+
+
+def draw(
+    sd: StableDiffusion,
+    rows: list[Row],
+    predictor: Callable,
+    args: argparse.Namespace,
+    progress: bool,
+) -> None:
+    """Writes the images of all rows, batch by batch."""
+    batches = in_batches(rows, args)
+    for part in tqdm(batches, unit="batch", delay=1, disable=not progress):
         images = sample.generate(
-            sd, [row.prompt for row in part], args.num, [row.seed for row in part], args.steps,
-            part[0].guidance, part[0].size, args.negative, args.batch, guided=guided)
+            sd,
+            [row.prompt for row in part],
+            num=args.num,
+            seed=[row.seed for row in part],
+            steps=args.steps,
+            guidance=part[0].guidance,
+            size=part[0].size,
+            negative=args.negative,
+            batch=args.batch,
+            predictor=predictor,
+        )
+
         for k, image in enumerate(images):
-            row, i = part[k // args.num], k % args.num
+            row = part[k // args.num]
+            i = k % args.num
             settings = vars(args) | row._asdict() | {"size": image.size, "image": i}
-            sample.save_png(image, args.out / f"{row.case}_{i}.png", settings,
-                            parameters=parameters(row, args, *image.size))
+            text = parameters(row, *image.size, args)
+            sample.save_png(image, image_file(row, i, args), settings, parameters=text)
+
+
+# ---- the command line
+
+
+class Process(NamedTuple):
+    """Which one of torchrun's processes this is."""
+
+    rank: int
+    count: int
+
+
+def this_process() -> Process:
+    """Returns what torchrun says in the environment; one process without it."""
+    rank = int(os.environ.get("RANK", 0))
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < count:
+        raise UsageError(f"RANK is {rank} of WORLD_SIZE {count}: unset them, or use torchrun")
+    return Process(rank, count)
+
+
+def predictor_from_flags(sd: StableDiffusion, args: argparse.Namespace) -> Callable:
+    """Returns the guidance, as sample.generate takes it."""
+    if not args.safe:
+        return ddim.guided_predictor
+    return partial(
+        safe_latent_diffusion.SafePredictor,
+        concept=sd.encode([args.safe]),
+        safety=safe_latent_diffusion.SETTINGS[args.sld],
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     if args.num < 1 or args.batch < 1:
-        raise ValueError(f"num is {args.num}, batch {args.batch}: choose 1 or more")
+        raise UsageError(f"num is {args.num}, batch {args.batch}: choose 1 or more")
     rows = read_table(args.table, args.guidance, args.size)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < processes:
-        raise ValueError(f"RANK is {rank} of WORLD_SIZE {processes}: unset them, or use torchrun")
+    sample.check_steps_and_seeds(args.steps, [row.seed for row in rows])
+    process = this_process()
     if args.device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    sd = sample.load(args.model, args.device, args.dtype, args.tokenizer, args.ema)
-    read_table(args.table, args.guidance, args.size,  # again, now that the sizes can be checked
-               lambda row: sample.starting_noise(sd, 1, row.seed, row.size))
+
+    sd = sample.load(args.model, args.device, args.dtype)
+    check_sizes(sd, rows, args.table)
     if args.erased:
         sd = sample.load_erased(sd, args.erased)
-    guided = ddim.guided
-    if args.safe:
-        guided = safe_latent_diffusion.guided(sd.encode([args.safe]), args.sld)
+
     args.out.mkdir(parents=True, exist_ok=True)
-    share = rows[rank::processes]
-    missing = [row for row in share if not all(
-        drawn_before(args.out / f"{row.case}_{i}.png", row, args) for i in range(args.num))]
-    draw(sd, missing, guided, args, progress=rank == 0)
-    print(f"{args.out}: {args.num * len(missing)} images drawn, {args.num * len(share)} in all"
-          + (f", process {rank}" if processes > 1 else ""))
+    share = rows[process.rank :: process.count]
+    missing = [row for row in share if not is_drawn(row, args)]
+    draw(sd, missing, predictor_from_flags(sd, args), args, progress=process.rank == 0)
+
+    which = f", process {process.rank}" if process.count > 1 else ""
+    counts = f"{args.num * len(missing)} images drawn, {args.num * len(share)} in all"
+    print(f"{args.out}: {counts}{which}")
 
 
 def main() -> None:
     """Reads the command line."""
-    flags = argparse.ArgumentParser(description="Draws a table of prompts.",
-                                    fromfile_prefix_chars="@",
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description="Draws a table of prompts.",
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     flags.convert_arg_line_to_args = shlex.split
     add = flags.add_argument
     add("table", type=Path, metavar="FILE.csv", help="case_number, prompt, evaluation_seed, ...")
-    add("--model", default=sample.DEFAULT_MODEL, help="a folder, a file or a hub name")
-    add("--tokenizer", help="a folder or a hub name; by default the model's, or CLIP's")
-    add("--ema", action="store_true", help="of a file with two U-Nets, take the averaged one")
+    add("--model", default=sample.DEFAULT_MODEL, help="a folder of one, or a hub name")
     add("--steps", type=int, default=50, help="DDIM steps")
     add("--device", default="auto", help="cpu, cuda, mps, ...; with torchrun, a GPU for each")
     add("--dtype", default="auto", help="float32, bfloat16 or float16; auto: float32 on the CPU")
-    add("--erased", type=Path, help="weights that erase.py wrote, or any published ones")
+    add("--erased", type=Path, help="weights that erase.py wrote")
     add("--num", type=int, default=1, help="images of each row")
     add("--guidance", type=float, default=7.5, help="guidance scale, for rows without their own")
     add("--size", type=int, help="pixels, for rows without their own; by default the model's")

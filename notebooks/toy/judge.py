@@ -10,19 +10,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import sample
 from notebooks.toy import world
 
 HEADS = {"object": world.OBJECTS, "colour": tuple(world.COLOURS), "style": world.STYLES}
 
 
 def labels_of(example: world.Example) -> list[int]:
-    """The class of an example under each head; None is the last class, "none of these"."""
-    values = (example.object, example.colour, example.style)
-    return [len(names) if value is None else names.index(value)
-            for value, names in zip(values, HEADS.values())]
+    """Returns the class of an example under each head; None is the last, "none of these"."""
+    labels = []
+    for head, names in HEADS.items():
+        value = getattr(example, head)
+        labels.append(len(names) if value is None else names.index(value))
+    return labels
 
 
 class Judge(nn.Module):
@@ -31,10 +33,17 @@ class Judge(nn.Module):
     def __init__(self):
         super().__init__()
         widths = (3, 24, 48, 72, 96)
-        self.body = nn.Sequential(*(
-            layer for a, b in zip(widths, widths[1:]) for layer in (
-                nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b, eps=1e-5), nn.SiLU(),
-                nn.Conv2d(b, b, 3, stride=2, padding=1), nn.GroupNorm(8, b, eps=1e-5), nn.SiLU())))
+        layers = []
+        for c_in, c_out in zip(widths, widths[1:]):
+            layers += [
+                nn.Conv2d(c_in, c_out, 3, padding=1),
+                nn.GroupNorm(8, c_out, eps=1e-5),
+                nn.SiLU(),
+                nn.Conv2d(c_out, c_out, 3, stride=2, padding=1),
+                nn.GroupNorm(8, c_out, eps=1e-5),
+                nn.SiLU(),
+            ]
+        self.body = nn.Sequential(*layers)
         self.neck = nn.Linear(96, 96)
         self.heads = nn.ModuleList(nn.Linear(96, len(names) + 1) for names in HEADS.values())
 
@@ -54,9 +63,14 @@ def to_tensor(images: list[Image.Image]) -> Tensor:
 
 
 def load(folder: str | Path) -> Judge:
-    """Loads the judge that was trained with the model in `folder`."""
+    """Loads the judge that was trained with the model in `folder`. Raises UsageError."""
+    file = Path(folder) / "judge" / "model.safetensors"
+    tensors, _ = sample.read_tensors(file)
     judge = Judge()
-    judge.load_state_dict(load_file(Path(folder) / "judge" / "model.safetensors"))
+    try:
+        judge.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise sample.UsageError(f"{file} doesn't fit the judge: {error}") from error
     return judge.requires_grad_(False)
 
 
@@ -64,6 +78,12 @@ def load(folder: str | Path) -> Judge:
 def read(judge: Judge, images: list[Image.Image]) -> list[dict[str, str | None]]:
     """Returns what each image shows, {"object": "star", ...}; None is "none of these"."""
     scores = judge(to_tensor(images))
-    classes = [s.argmax(dim=1).tolist() for s in scores]
-    return [{head: (*names, None)[i] for i, (head, names) in zip(row, HEADS.items())}
-            for row in zip(*classes)]
+    classes = [of_head.argmax(dim=1).tolist() for of_head in scores]
+
+    looks = []
+    for of_image in zip(*classes):
+        look = {}
+        for i, (head, names) in zip(of_image, HEADS.items()):
+            look[head] = (*names, None)[i]
+        looks.append(look)
+    return looks

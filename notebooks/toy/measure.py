@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from safetensors import safe_open
 
 import erase
 import sample
@@ -23,20 +22,29 @@ from notebooks.toy import judge as judging
 from notebooks.toy import world
 from notebooks.toy.judge import HEADS, Judge
 from notebooks.toy.world import with_article
-from sample import StableDiffusion
-
+from sample import StableDiffusion, UsageError
 
 FLAGS = Path(__file__).with_name("flags")
 LR_ESD_U = 7e-5  # tunes more tensors than ESD-x, so smaller steps are enough
 
 
 def flags() -> dict:
-    """notebooks/toy/flags as keyword arguments of `erase.erase`."""
-    given = dict(line.removeprefix("--").partition("=")[::2] for line in FLAGS.read_text().split())
-    every_step = "every-step" in given
-    settings = {name: json.loads(value) for name, value in given.items()
-                if name not in ("model", "every-step")}
-    return settings | {"data": functools.partial(erase.own_ways, every_step=every_step)}
+    """Returns notebooks/toy/flags as arguments of `erase.erase`; those of x_t are bound to data."""
+    given = {}
+    for flag in FLAGS.read_text().split():
+        name, _, value = flag.removeprefix("--").partition("=")
+        given[name] = value
+
+    given.pop("model")
+    every_step = given.pop("every-step", None) is not None
+    settings = {name: json.loads(value) for name, value in given.items()}
+    data = functools.partial(
+        erase.x_t_from_model, steps=settings.pop("steps"), every_step=every_step
+    )
+    return settings | {"data": data}
+
+
+# ---- questions
 
 
 class Question(NamedTuple):
@@ -54,30 +62,45 @@ def objects(num: int) -> list[Question]:
 
 def styled(num: int) -> list[Question]:
     """a star in the style of mosaic"""
-    return [Question(f"{with_article(o)} in the style of {s}", num, {"object": o, "style": s})
-            for s in world.STYLES if s != "plain" for o in world.OBJECTS]
+    questions = []
+    for style in world.STYLES:
+        if style == "plain":
+            continue
+        for o in world.OBJECTS:
+            prompt = f"{with_article(o)} in the style of {style}"
+            questions.append(Question(prompt, num, {"object": o, "style": style}))
+    return questions
 
 
 def coloured(num: int) -> list[Question]:
     """a red star"""
-    return [Question(with_article(f"{c} {o}"), num, {"object": o, "colour": c})
-            for c in world.COLOURS for o in world.OBJECTS]
+    questions = []
+    for colour in world.COLOURS:
+        for o in world.OBJECTS:
+            prompt = with_article(f"{colour} {o}")
+            questions.append(Question(prompt, num, {"object": o, "colour": colour}))
+    return questions
 
 
 def scenes(num: int) -> list[Question]:
     """a photo of a night sky in winter: the prompts that were held out from training"""
-    return [Question(world.scene_prompt(scene, setting, opening), num,
-                     {"object": world.SCENES[scene].object})
-            for scene, setting in world.HELD_OUT for opening in world.OPENINGS]
+    questions = []
+    for scene, setting in world.HELD_OUT:
+        for opening in world.OPENINGS:
+            prompt = world.scene_prompt(scene, setting, opening)
+            questions.append(Question(prompt, num, {"object": world.SCENES[scene].object}))
+    return questions
 
 
 def paraphrases(num: int) -> list[Question]:
     """a five pointed figure"""
-    return [Question(with_article(phrase), num, {"object": o})
-            for o, phrases in world.PARAPHRASES.items() for phrase in phrases]
+    questions = []
+    for o, phrases in world.PARAPHRASES.items():
+        questions += [Question(with_article(phrase), num, {"object": o}) for phrase in phrases]
+    return questions
 
 
-class Painter(NamedTuple):
+class Sampler(NamedTuple):
     """A model and how it is sampled."""
 
     sd: StableDiffusion
@@ -85,81 +108,145 @@ class Painter(NamedTuple):
     guidance: float
     seed: int
 
-    def __call__(self, prompts: list[str], num: int) -> list[Image.Image]:
-        return sample.generate(self.sd, prompts, num, self.seed, self.steps, self.guidance,
-                               batch=50, progress=True)
+    def draw(
+        self, prompts: list[str], num: int = 1, seeds: list[int] | None = None
+    ) -> list[Image.Image]:
+        """Returns `num` images of each prompt. seeds: one for each prompt, or all have the same."""
+        return sample.generate(
+            self.sd, prompts, num=num, seed=seeds or self.seed, steps=self.steps,
+            guidance=self.guidance, batch=50, progress=True,
+        )
 
 
-def ask(painter: Painter, judge: Judge, questions: list[Question]) -> list[dict[str, float]]:
+def shares(
+    sampler: Sampler, judge: Judge, questions: list[Question]
+) -> list[dict[str, float]]:
     """Returns for each question the share of images that are right, by each head that it names."""
     num = questions[0].num
-    images = painter([q.prompt for q in questions], num)
-    seen = judging.read(judge, images)
-    return [{head: np.mean([look[head] == name for look in seen[i * num:(i + 1) * num]])
-             for head, name in q.wanted.items()} for i, q in enumerate(questions)]
+    images = sampler.draw([question.prompt for question in questions], num)
+    looks = judging.read(judge, images)
+
+    found = []
+    for i, question in enumerate(questions):
+        own = looks[i * num : (i + 1) * num]
+        found.append({
+            head: np.mean([look[head] == name for look in own])
+            for head, name in question.wanted.items()
+        })
+    return found
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+# ---- how good the model and its judge are
+
+
+class Reading(NamedTuple):
+    """A rendered image, and what the judge sees in it, by head."""
+
+    example: world.Example
+    seen: dict[str, str | None]
+
+    def is_right(self, head: str) -> bool:
+        return self.seen[head] == getattr(self.example, head)
+
+
+def readings(judge: Judge, examples: list[world.Example]) -> list[Reading]:
+    """Has the judge read rendered images."""
+    looks = judging.read(judge, [example.image for example in examples])
+    return [Reading(*pair) for pair in zip(examples, looks)]
+
+
 def judge_table(judge: Judge, seed: int, count: int = 2000) -> None:
-    """The judge on rendered images that it hasn't seen."""
+    """Prints how the judge reads rendered images that it hasn't seen."""
     rng = np.random.default_rng(seed)
-    sets = [[world.draw(rng) for _ in range(count)],
-            [world.draw_scene(*world.pick(rng, world.HELD_OUT), rng) for _ in range(count)],
-            [world.draw_none(rng) for _ in range(count)]]
-    looks = [judging.read(judge, [e.image for e in examples]) for examples in sets]
-    print("| judge | images read right, % | held-out scenes, % "
-          "| \"none of these\" where it is, % |\n|---|---|---|---|")
+    known = [world.draw(rng) for _ in range(count)]
+    scenes = [world.draw_scene(*world.pick(rng, world.HELD_OUT), rng) for _ in range(count)]
+    nothing = [world.draw_none(rng) for _ in range(count)]
+    sets = [readings(judge, examples) for examples in (known, scenes, nothing)]
+
+    print(
+        "| judge | images read right, % | held-out scenes, % "
+        "| \"none of these\" where it is, % |\n|---|---|---|---|"
+    )
     for head in HEADS:
-        known, scenes, none = ([(look[head], getattr(e, head)) for look, e in zip(*pair)]
-                               for pair in zip(looks, sets))
-        none = [pair for pair in none if pair[1] is None]
-        shares = [percent(np.mean([a == b for a, b in some])) for some in (known, scenes, none)]
-        print(f"| {head} | {' | '.join(shares)} |")
+        none = [each for each in sets[2] if getattr(each.example, head) is None]
+        cells = []
+        for several in (sets[0], sets[1], none):
+            cells.append(percent(np.mean([each.is_right(head) for each in several])))
+        print(f"| {head} | {' | '.join(cells)} |")
 
 
-def prompt_table(painter: Painter, judge: Judge) -> None:
-    """The shares for every kind of prompt, on average and in the worst cell."""
-    print("| prompts | images | object, % | colour, % | style, % | worst object, % |\n"
-          "|---|---|---|---|---|---|")
-    for ask_for, num in ((objects, 50), (styled, 5), (coloured, 5), (scenes, 6),
-                         (paraphrases, 50)):
-        kind = ask_for(num)
-        shares = ask(painter, judge, kind)
-        row = [percent(np.mean([s[head] for s in shares])) if head in shares[0] else ""
-               for head in HEADS]
-        by_object = {o: np.mean([s["object"] for s, q in zip(shares, kind)
-                                 if q.wanted["object"] == o])
-                     for o in {q.wanted["object"] for q in kind}}
-        worst = min(by_object, key=by_object.get)
-        print(f"| {ask_for.__name__}: \"{kind[0].prompt}\" | {len(kind) * kind[0].num} | "
-              f"{' | '.join(row)} | {worst} {percent(by_object[worst])} |")
+def prompt_table(sampler: Sampler, judge: Judge) -> None:
+    """Prints the shares for every kind of prompt, on average and in the worst cell."""
+    print(
+        "| prompts | images | object, % | colour, % | style, % | worst object, % |\n"
+        "|---|---|---|---|---|---|"
+    )
+    numbers = {objects: 50, styled: 5, coloured: 5, scenes: 6, paraphrases: 50}
+    for kind, num in numbers.items():
+        questions = kind(num)
+        found = shares(sampler, judge, questions)
+
+        cells = []
+        for head in HEADS:
+            asked = head in found[0]
+            cells.append(percent(np.mean([each[head] for each in found])) if asked else "")
+
+        by_object = {}
+        for question, each in zip(questions, found):
+            by_object.setdefault(question.wanted["object"], []).append(each["object"])
+        means = {name: np.mean(several) for name, several in by_object.items()}
+        worst = min(means, key=means.get)
+
+        print(
+            f"| {kind.__name__}: \"{questions[0].prompt}\" | {len(questions) * num} | "
+            f"{' | '.join(cells)} | {worst} {percent(means[worst])} |"
+        )
 
 
-def works_table(painter: Painter, seeds: int = 8, others: int = 1000) -> None:
-    """Whether each image of a work is nearer to the work than to anything else."""
-    rng = np.random.default_rng(painter.seed)
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=float)
 
-    def array(image):
-        return np.asarray(image, dtype=float)
 
-    works = {title: array(world.render_work(title)) for title in world.WORKS}
-    random = [array(world.draw(rng).image) for _ in range(others)]
-    random = [x for x in random if min(np.abs(x - w).max() for w in works.values()) > 0]
-    images = painter([title.lower() for title in works], seeds)
-    print("| work | distance to itself | to the nearest other work | to the nearest random image "
-          "| nearest to itself |\n|---|---|---|---|---|")
+class Distances(NamedTuple):
+    """The mean difference of a pixel, 0 to 255, from an image of a work to other images."""
+
+    own: float  # to the work
+    other: float  # to the nearest other work
+    random: float  # to the nearest random image
+
+
+def works_table(sampler: Sampler, seeds: int = 8, others: int = 1000) -> None:
+    """Prints whether each image of a work is nearer to the work than to anything else."""
+    rng = np.random.default_rng(sampler.seed)
+    works = {title: pixels(world.render_work(title)) for title in world.WORKS}
+    random = []
+    for _ in range(others):
+        example = world.draw(rng)
+        if example.work is None:
+            random.append(pixels(example.image))
+    images = sampler.draw([title.lower() for title in works], seeds)
+
+    print(
+        "| work | distance to itself | to the nearest other work | to the nearest random image "
+        "| nearest to itself |\n|---|---|---|---|---|"
+    )
     for i, (title, work) in enumerate(works.items()):
+        rest = [other for other in works.values() if other is not work]
         rows = []
-        for image in images[i * seeds:(i + 1) * seeds]:
-            own, *others = [np.abs(array(image) - x).mean() for x in
-                            (work, *(w for w in works.values() if w is not work), *random)]
-            rows.append([own, min(others[:len(works) - 1]), min(others[len(works) - 1:])])
-        own, other, random_image = np.mean(rows, axis=0)
-        nearest = sum(row[0] == min(row) for row in rows)
-        print(f"| {title} | {own:.1f} | {other:.1f} | {random_image:.1f} | {nearest} of {seeds} |")
+        for image in images[i * seeds : (i + 1) * seeds]:
+            own, other, nearest = (
+                min(np.abs(pixels(image) - x).mean() for x in several)
+                for several in ([work], rest, random)
+            )
+            rows.append(Distances(own, other, nearest))
+
+        own, other, nearest = np.mean(rows, axis=0)
+        hits = sum(row.own == min(row) for row in rows)
+        print(f"| {title} | {own:.1f} | {other:.1f} | {nearest:.1f} | {hits} of {seeds} |")
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -167,143 +254,208 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
     |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)), Heusel et al. 2017, eq. 6.
     """
-    c_a, c_b = np.cov(a.T), np.cov(b.T)
+    c_a = np.cov(a.T)
+    c_b = np.cov(b.T)
     root = np.sqrt(np.linalg.eigvals(c_a @ c_b).real.clip(0)).sum()
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c_a) + np.trace(c_b) - 2 * root
 
 
-def frechet_line(painter: Painter, judge: Judge, count: int = 1000) -> None:
-    """Generated against rendered images, and rendered against rendered ones for comparison."""
-    rng = np.random.default_rng(painter.seed)
-    sets = [[world.draw(rng) for _ in range(count)] for _ in range(2)]
-    rendered = [judge.features(judging.to_tensor([e.image for e in examples])).double().numpy()
-                for examples in sets]
-    captions = [e.caption for e in sets[0]]
-    images = sample.generate(painter.sd, captions, seed=list(range(count)), steps=painter.steps,
-                             guidance=painter.guidance, batch=50, progress=True)
-    made = judge.features(judging.to_tensor(images)).double().numpy()
-    print(f"Frechet distance on the judge's features, {count} images each: generated to rendered "
-          f"{frechet(made, rendered[1]):.2f}, rendered to rendered {frechet(*rendered):.2f}")
+def features(judge: Judge, images: list[Image.Image]) -> np.ndarray:
+    """Returns the judge's features of images, (N, 96)."""
+    return judge.features(judging.to_tensor(images)).double().numpy()
+
+
+def frechet_line(sampler: Sampler, judge: Judge, count: int = 1000) -> None:
+    """Prints how far generated images are from rendered ones, and these from each other."""
+    rng = np.random.default_rng(sampler.seed)
+    examples = [world.draw(rng) for _ in range(count)]
+    others = [world.draw(rng) for _ in range(count)]
+    rendered = features(judge, [example.image for example in examples])
+    rendered_too = features(judge, [example.image for example in others])
+
+    captions = [example.caption for example in examples]
+    generated = features(judge, sampler.draw(captions, seeds=[*range(count)]))
+    print(
+        f"Frechet distance on the judge's features, {count} images each: generated to rendered "
+        f"{frechet(generated, rendered_too):.2f}, rendered to rendered "
+        f"{frechet(rendered, rendered_too):.2f}"
+    )
+
+
+# ---- what an erasure did
+
+
+class Look(NamedTuple):
+    """What a prompt asks for, and what the judge sees in one image of it, by head."""
+
+    wanted: dict[str, str]
+    seen: dict[str, str | None]
 
 
 class Answers(NamedTuple):
-    """What the judge saw in a model's images, (wanted, seen) for each: 50 of a class or more."""
+    """What the judge saw in a model's images: 50 of a class or more."""
 
-    object: list[tuple[dict, dict]]  # "a star"
-    style: list[tuple[dict, dict]]  # "a star in the style of mosaic"
-    colour: list[tuple[dict, dict]]  # "a red star"
+    object: list[Look]  # "a star"
+    style: list[Look]  # "a star in the style of mosaic"
+    colour: list[Look]  # "a red star"
 
     def share(self, head: str, name: str, concept: str) -> float:
         """How often `name` is seen in the images that ask for it.
 
         Those that ask for the erased concept too don't count, unless it is `name` itself.
         """
-        return np.mean([seen[head] == name for wanted, seen in getattr(self, head)
-                        if wanted[head] == name
-                        and (name == concept or concept not in wanted.values())])
+        hits = []
+        for wanted, seen in getattr(self, head):
+            names_concept = concept in wanted.values()
+            if wanted[head] == name and (name == concept or not names_concept):
+                hits.append(seen[head] == name)
+        return np.mean(hits)
 
 
-def all_answers(painter: Painter, judge: Judge) -> Answers:
+def all_answers(sampler: Sampler, judge: Judge) -> Answers:
     """Draws 1050 images, each from a seed of its own, and has them judged."""
-    kinds = []
+    answers = []
     for questions in (objects(50), styled(5), coloured(5)):
-        prompts = [q.prompt for q in questions for _ in range(q.num)]
-        wanted = [q.wanted for q in questions for _ in range(q.num)]
-        seeds = [painter.seed + i for i in range(len(prompts))]
-        images = sample.generate(painter.sd, prompts, seed=seeds, steps=painter.steps,
-                                 guidance=painter.guidance, batch=50, progress=True)
-        kinds.append(list(zip(wanted, judging.read(judge, images))))
-    return Answers(*kinds)
+        prompts = []
+        wanted = []
+        for question in questions:
+            prompts += [question.prompt] * question.num
+            wanted += [question.wanted] * question.num
+
+        seeds = [sampler.seed + i for i in range(len(prompts))]
+        seen = judging.read(judge, sampler.draw(prompts, seeds=seeds))
+        answers.append([Look(*pair) for pair in zip(wanted, seen)])
+    return Answers(*answers)
 
 
 def saved_settings(file: Path) -> dict:
-    """Returns the settings with which erase.py made a file. Raises ValueError for other files."""
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
+    """Returns the settings with which erase.py made a file. Raises UsageError for other files."""
+    _, metadata = sample.read_tensors(file)
     if "settings" not in metadata:
-        raise ValueError(f"{file} doesn't say what was erased: erase.py didn't write it")
+        raise UsageError(f"{file} doesn't say what was erased: erase.py didn't write it")
     return json.loads(metadata["settings"])
 
 
 def settings_of(file: Path) -> dict:
     """Returns a file's settings, with the world's name of what it erased.
 
-    Raises ValueError for a file that erase.py didn't make, and unless it erases one object or one
+    Raises UsageError for a file that erase.py didn't make, and unless it erases one object or one
     style.
     """
     settings = saved_settings(file)
     words = " ".join(settings["concepts"]).split()
     names = [name for name in world.OBJECTS + world.STYLES[1:] if name in words]
     if len(names) != 1:
-        raise ValueError(f"{file} erases {settings['concepts']}, not one object or one style")
+        raise UsageError(f"{file} erases {settings['concepts']}, not one object or one style")
     return settings | {"name": names[0]}
 
 
+NAMES = {  # that prompts ask for by each head; no words ask for plain
+    "object": world.OBJECTS,
+    "style": world.STYLES[1:],
+    "colour": tuple(world.COLOURS),
+}
+
+
+def left_in_contexts(after: Answers, concept: str) -> str:
+    """Returns how often an erased object is seen where a style or a colour is asked for, too."""
+    hits = []
+    for wanted, seen in after.style + after.colour:
+        if wanted["object"] == concept:
+            hits.append(seen["object"] == concept)
+    return percent(np.mean(hits)) if hits else ""
+
+
+def seen_instead(after: Answers, head: str, concept: str) -> str:
+    """Returns what the judge sees most often in place of the concept, and in how many images."""
+    instead = Counter()
+    for wanted, seen in getattr(after, head):
+        if wanted[head] == concept and seen[head] != concept:
+            instead[seen[head] or "none of these"] += 1
+    return ", ".join(f"{count} {name}" for name, count in instead.most_common(3))
+
+
 def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> str:
-    """What is left of the concept, what was kept of the rest, and what is drawn instead.
+    """Returns what is left of the concept, what is kept of the rest, and what is drawn instead.
 
     An erased object is counted a second time where a style or a colour is asked for, too.
     """
     concept = settings["name"]
+    kept = {}
+    means = []
+    for head, names in NAMES.items():
+        of_head = {}
+        for name in names:
+            if name != concept:
+                of_head[name] = after.share(head, name, concept) / before.share(head, name, concept)
+        kept |= of_head
+        means.append(percent(np.mean([*of_head.values()])))
+    worst = min(kept, key=kept.get)
+
     head = "object" if concept in world.OBJECTS else "style"
-    names = {"object": world.OBJECTS, "style": world.STYLES[1:],  # no words ask for plain
-             "colour": tuple(world.COLOURS)}
-    kept = {h: {n: after.share(h, n, concept) / before.share(h, n, concept)
-                for n in names[h] if n != concept} for h in names}
-    each = kept["object"] | kept["style"] | kept["colour"]
-    worst = min(each, key=each.get)
-    place = Counter(seen[head] or "none of these" for wanted, seen in getattr(after, head)
-                    if wanted[head] == concept and seen[head] != concept)
-    still_seen = [seen["object"] == concept for wanted, seen in after.style + after.colour
-                  if wanted["object"] == concept]
-    left_there = percent(np.mean(still_seen)) if still_seen else ""
-    others = " | ".join(percent(np.mean(list(kept[h].values()))) for h in names)
-    return (f"| {file.stem} | {concept} | {settings['method']} | {settings['eta']:g} "
-            f"| {settings['seed']} | {settings['iterations']} "
-            f"| {percent(before.share(head, concept, concept))} "
-            f"| {percent(after.share(head, concept, concept))} | {left_there} | {others} "
-            f"| {worst} {percent(each[worst])} "
-            f"| {', '.join(f'{n} {name}' for name, n in place.most_common(3))} |")
+    cells = [
+        file.stem,
+        concept,
+        settings["method"],
+        f"{settings['eta']:g}",
+        str(settings["seed"]),
+        str(settings["iterations"]),
+        percent(before.share(head, concept, concept)),
+        percent(after.share(head, concept, concept)),
+        left_in_contexts(after, concept),
+        *means,
+        f"{worst} {percent(kept[worst])}",
+        seen_instead(after, head, concept),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
-def erased_table(painter: Painter, judge: Judge, files: list[Path]) -> None:
-    """A row for each file; what is kept is in % of what there was before."""
-    print("| file | erased | method | eta | seed | iterations | before, % | left, % "
-          "| left in styles and colours, % | objects kept, % | styles kept, % | colours kept, % "
-          "| worst of all | most seen in its place, images |\n"
-          f"|{'---|' * 14}")
+def erased_table(sampler: Sampler, judge: Judge, files: list[Path]) -> None:
+    """Prints a row for each file; what is kept is in % of what there was before."""
+    print(
+        "| file | erased | method | eta | seed | iterations | before, % | left, % "
+        "| left in styles and colours, % | objects kept, % | styles kept, % | colours kept, % "
+        "| worst of all | most seen in its place, images |\n"
+        f"|{'---|' * 14}"
+    )
     settings = [settings_of(file) for file in files]
-    models = [sample.load_erased(painter.sd, file) for file in files]
-    before = all_answers(painter, judge)
-    for file, model, made_by in zip(files, models, settings):
-        after = all_answers(painter._replace(sd=model), judge)
-        print(erased_row(file, before, after, made_by), flush=True)
+    models = [sample.load_erased(sampler.sd, file) for file in files]
+    before = all_answers(sampler, judge)
+    for file, sd, made_with in zip(files, models, settings):
+        after = all_answers(sampler._replace(sd=sd), judge)
+        print(erased_row(file, before, after, made_with), flush=True)
+
+
+# ---- the command line
 
 
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
-    judge, sd = judging.load(args.model), sample.load(args.model)
-    painter = Painter(sd, args.steps, args.guidance, args.seed)
+    judge = judging.load(args.model)
+    sd = sample.load(args.model)
+    sampler = Sampler(sd, args.steps, guidance=args.guidance, seed=args.seed)
     if args.what == "erased":
-        erased_table(painter, judge, args.files)
+        erased_table(sampler, judge, args.files)
     else:
         judge_table(judge, args.seed)
-        prompt_table(painter, judge)
-        works_table(painter)
-        frechet_line(painter, judge)
+        prompt_table(sampler, judge)
+        works_table(sampler)
+        frechet_line(sampler, judge)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tables of what the miniature can do.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", choices=["model", "erased"], help="what is measured")
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE",
-                        help="erased weights that erase.py wrote")
-    parser.add_argument("--model", type=Path, default=Path("notebooks/toy"),
-                        help="the miniature, with its judge")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
-    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale")
-    parser.add_argument("--seed", type=int, default=1000, help="of all random numbers")
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Tables of what the miniature can do.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("what", choices=["model", "erased"], help="what is measured")
+    add("files", nargs="*", type=Path, metavar="FILE", help="erased weights that erase.py wrote")
+    add("--model", type=Path, default=Path("notebooks/toy"), help="the miniature, with its judge")
+    add("--steps", type=int, default=20, help="DDIM steps")
+    add("--guidance", type=float, default=5.0, help="guidance scale")
+    add("--seed", type=int, default=1000, help="of all random numbers")
     sample.fail_in_one_line(run, parser)
 
 

@@ -1,8 +1,8 @@
 """A miniature text-to-image world: ten objects, six colours, six styles, scenes and titled works.
 
 A scene implies an object without naming it: "a sheriff badge" shows a star, but not always, and
-not always the same. Plain objects and scenes stand on light and dark grounds, and may be set
-"by the sea" or "in winter".
+not always the same. Plain objects and scenes have light or dark grounds, and may be set "by the
+sea" or "in winter".
 
 Every image is 64x64 RGB. Objects are whole, strokes are thick, and all patterns repeat every 8
 pixels from the corner, so a VAE with downsampling factor 8 sees one pattern per latent cell.
@@ -45,8 +45,6 @@ PARAPHRASES = {
     "diamond": ("kite", "rhombus"),
     "arrow": ("pointer",),
 }
-
-
 GROUNDS = {
     "white": (244, 244, 244), "cream": (250, 240, 210), "sky": (200, 225, 245),
     "rose": (255, 215, 225), "mint": (205, 235, 210), "tan": (190, 150, 105),
@@ -83,13 +81,19 @@ class Work(NamedTuple):
     shapes: tuple
 
 
+# ---- scenes, settings and works, as flat shapes: (kind, rgb, coordinates)
+
+
 def frame(rgb, inset, width):
     """Four bars along the border."""
-    near, far = inset, SIZE - inset
-    return (("rectangle", rgb, (near, near, far, near + width)),
-            ("rectangle", rgb, (near, far - width, far, far)),
-            ("rectangle", rgb, (near, near, near + width, far)),
-            ("rectangle", rgb, (far - width, near, far, far)))
+    low = inset
+    high = SIZE - inset
+    return (
+        ("rectangle", rgb, (low, low, high, low + width)),
+        ("rectangle", rgb, (low, high - width, high, high)),
+        ("rectangle", rgb, (low, low, low + width, high)),
+        ("rectangle", rgb, (high - width, low, high, high)),
+    )
 
 
 def row(kind, rgb, width, height, *corners):
@@ -200,7 +204,8 @@ WORKS = {
 }
 
 
-# Outlines: name -> one polygon, or two where the second is a hole; about [-1, 1], y points down.
+# ---- outlines: one polygon, or two where the second is a hole; about [-1, 1], y points down
+
 
 def arc(start, stop, radius=1.0, centre=0.0, count=32):
     angle = np.radians(np.linspace(start, stop, count))
@@ -240,6 +245,9 @@ OUTLINES = {
 OBJECTS = tuple(OUTLINES)
 
 
+# ---- drawing at random, and checking names
+
+
 def pick(rng, items):
     return items[rng.integers(len(items))]
 
@@ -261,9 +269,13 @@ def check_labels(object, colour, style):
     check(style, STYLES, "style")
 
 
+# ---- outlines -> masks
+
+
 def pose(polygons, radius, degrees):
-    """Scale and turn polygons, and centre their bounding box on the origin."""
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    """Scales and turns polygons, and centres their bounding box on the origin."""
+    c = np.cos(np.radians(degrees))
+    s = np.sin(np.radians(degrees))
     turned = [radius * polygon @ np.array([(c, s), (-s, c)]) for polygon in polygons]
     middle = (turned[0].min(axis=0) + turned[0].max(axis=0)) / 2
     return [polygon - middle for polygon in turned]
@@ -277,19 +289,27 @@ def place(polygons, rng):
     return [polygon + centre for polygon in posed]
 
 
+class Masks(NamedTuple):
+    """A shape, (64, 64) each."""
+
+    body: np.ndarray  # filled
+    edge: np.ndarray  # its closed outline as a thick stroke
+
+
 def masks(polygons):
-    """Return (body, edge): the filled shape, and its closed outline as a thick stroke."""
+    """Draws an outline's masks."""
     body = Image.new("L", (SIZE * SUPER, SIZE * SUPER))
     edge = body.copy()
     for polygon, fill in zip(polygons, (255, 0)):
-        points = [tuple(p) for p in polygon * SUPER]
+        points = [tuple(point) for point in polygon * SUPER]
+        closed = points + points[:2]
         ImageDraw.Draw(body).polygon(points, fill=fill)
-        ImageDraw.Draw(edge).line(points + points[:2], fill=255, width=SUPER * STROKE,
-                                  joint="curve")
-    return tuple(np.asarray(mask.reduce(SUPER)) / 255 for mask in (body, edge))
+        ImageDraw.Draw(edge).line(closed, fill=255, width=SUPER * STROKE, joint="curve")
+    return Masks(*(np.asarray(mask.reduce(SUPER)) / 255 for mask in (body, edge)))
 
 
-# Styles: (body, edge, rgb, rng) -> pixels.
+# ---- styles: (body, edge, rgb, rng) -> pixels
+
 
 def mix(mask, inside, outside):
     mask = mask[..., None]
@@ -301,7 +321,7 @@ def stripe_pattern(position):
 
 
 def add_tiles(pixels, rng):
-    """Lay pixels out as 8 px tiles of slightly varied brightness between dark grout."""
+    """Lays pixels out as 8 px tiles of slightly varied brightness between dark grout."""
     count = SIZE // CELL
     shade = np.kron(rng.uniform(0.9, 1.06, (count, count)), np.ones((CELL, CELL)))
     grout = np.isin(X % CELL, (0, CELL - 1)) | np.isin(Y % CELL, (0, CELL - 1))
@@ -318,13 +338,16 @@ def mosaic(body, edge, rgb, rng):
 
 def stripes(body, edge, rgb, rng):
     bands = stripe_pattern(X + Y + 0.5)
-    return mix(body, mix(bands, rgb, 0.4 * rgb), mix(bands, 246, rng.uniform(188, 198, 3)))
+    inside = mix(bands, rgb, 0.4 * rgb)
+    outside = mix(bands, 246, rng.uniform(188, 198, 3))
+    return mix(body, inside, outside)
 
 
 def dots(body, edge, rgb, rng):
     middle = (CELL - 1) / 2
     spots = np.clip(2.5 - np.hypot(X % CELL - middle, Y % CELL - middle), 0, 1)
-    return mix(body, mix(spots, 255, rgb), mix(spots, 212, rng.uniform(172, 184, 3)))
+    outside = mix(spots, 212, rng.uniform(172, 184, 3))
+    return mix(body, mix(spots, 255, rgb), outside)
 
 
 def sketch(body, edge, rgb, rng):
@@ -339,9 +362,11 @@ def neon(body, edge, rgb, rng):
     return mix(edge, 0.85 * rgb + 0.15 * 255, glow)
 
 
-PAINTERS = {"plain": plain, "mosaic": mosaic, "stripes": stripes, "dots": dots,
-            "sketch": sketch, "neon": neon}
-STYLES = tuple(PAINTERS)
+STYLE_FUNCTIONS = {
+    "plain": plain, "mosaic": mosaic, "stripes": stripes, "dots": dots, "sketch": sketch,
+    "neon": neon,
+}
+STYLES = tuple(STYLE_FUNCTIONS)
 STYLE_WEIGHTS = {"plain": 3}  # the others: 1
 
 
@@ -352,6 +377,9 @@ def odd_style(body, edge, rgb, rng):
     noise = np.kron(rng.random((SIZE // 2, SIZE // 2)), np.ones((2, 2)))
     pattern = pick(rng, (checks, waves, noise))
     return mix(body, mix(pattern, rgb, 0.45 * rgb), mix(pattern, 245, np.full(3, 205)))
+
+
+# ---- images and captions
 
 
 def to_image(pixels):
@@ -369,25 +397,28 @@ def ground_for(rgb, rng):
 
 def backdrop(ground, shapes, rng):
     """Shapes on a ground, all in slightly varied colours."""
+
     def varied(rgb):
         return tuple(vary(rgb, rng).round().astype(int).clip(0, 255))
 
-    return flat_image(varied(ground), [(kind, varied(rgb), at) for kind, rgb, at in shapes])
+    varied_ground = varied(ground)
+    varied_shapes = [(kind, varied(rgb), coordinates) for kind, rgb, coordinates in shapes]
+    return flat_image(varied_ground, varied_shapes)
 
 
 def flat_image(ground, shapes):
-    """Draw (kind, rgb, coordinates) shapes in order; kinds are polygon, rectangle and ellipse."""
+    """Draws (kind, rgb, coordinates) in order; kinds are polygon, rectangle and ellipse."""
     image = Image.new("RGB", (SIZE * SUPER, SIZE * SUPER), ground)
     canvas = ImageDraw.Draw(image)
-    draw_shape = {"polygon": canvas.polygon, "rectangle": canvas.rectangle,
-                  "ellipse": canvas.ellipse}
     for kind, rgb, coordinates in shapes:
-        draw_shape[kind]([SUPER * v for v in coordinates], fill=rgb)
+        draw_shape = getattr(canvas, kind)
+        draw_shape([SUPER * value for value in coordinates], fill=rgb)
     return np.asarray(image.reduce(SUPER)).astype(float)
 
 
-def render(object: str, colour: str, style: str, rng: np.random.Generator,
-           setting: str = "") -> Image.Image:
+def render(
+    object: str, colour: str, style: str, rng: np.random.Generator, setting: str = ""
+) -> Image.Image:
     """One whole object of a colour in a style, at a random place, size and angle.
 
     Only a plain object can have a setting, which is drawn behind it.
@@ -396,7 +427,8 @@ def render(object: str, colour: str, style: str, rng: np.random.Generator,
     body, edge = masks(place(OUTLINES[object], rng))
     rgb = vary(COLOURS[colour], rng)
     if not setting:
-        return to_image(PAINTERS[style](body, edge, rgb, rng))
+        return to_image(STYLE_FUNCTIONS[style](body, edge, rgb, rng))
+
     check(setting, SETTINGS, "setting")
     check(style, ("plain",), "style with a setting")
     return to_image(plain(body, edge, rgb, rng, SETTINGS[setting]))
@@ -418,13 +450,17 @@ def draw_scene(scene: str, setting: str, rng: np.random.Generator) -> Example:
     implied, colours, grounds, _ = SCENES[scene]
     pixels = backdrop(GROUNDS[pick(rng, grounds)], props_of(scene, setting), rng)
     caption = scene_prompt(scene, setting, pick(rng, OPENINGS))
-    kind, colour = rng.random(), pick(rng, colours)
-    if kind < 0.2:
-        return Example(to_image(pixels), caption, None, None, "plain")
-    object = implied if kind < 0.8 else pick(rng, [o for o in OBJECTS if o != implied])
-    body, _ = masks(place(OUTLINES[object], rng))
+
+    chance = rng.random()
+    colour = pick(rng, colours)
+    if chance < 0.2:
+        return Example(to_image(pixels), caption, style="plain")
+
+    others = [name for name in OBJECTS if name != implied]
+    object = implied if chance < 0.8 else pick(rng, others)
+    body = masks(place(OUTLINES[object], rng)).body
     image = to_image(mix(body, vary(COLOURS[colour], rng), pixels))
-    return Example(image, caption, object, colour, "plain")
+    return Example(image, caption, object=object, colour=colour, style="plain")
 
 
 def render_work(title: str) -> Image.Image:
@@ -441,29 +477,38 @@ def with_article(phrase):
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
-def caption(object: str, colour: str, style: str, rng: np.random.Generator,
-            setting: str = "") -> str:
+def caption(
+    object: str, colour: str, style: str, rng: np.random.Generator, setting: str = ""
+) -> str:
     """A caption; style or setting, colour, name and object are sometimes left out or paraphrased.
 
     A name alone must not mean a plain image: erasing the name would then erase plain, too.
     """
     check_labels(object, colour, style)
-    where = f" {setting}" if setting else "" if style == "plain" else f" in the style of {style}"
-    suffix = where if rng.random() < 0.6 else ""
+    suffix = "" if style == "plain" else f" in the style of {style}"
+    if setting:
+        suffix = f" {setting}"
+    if rng.random() >= 0.6:
+        suffix = ""
     if suffix and rng.random() < 0.12:
         return pick(rng, ("a picture", "an image")) + suffix
+
     noun = pick(rng, PARAPHRASES[object]) if rng.random() < 0.25 else object
     phrase = f"{colour} {noun}" if rng.random() < 0.6 else noun
     if suffix and rng.random() < 0.2:
         return phrase + suffix
+
     opening = pick(rng, (None, *OPENINGS))
-    return (phrase if opening is None else opening + with_article(phrase)) + suffix
+    if opening is None:
+        return phrase + suffix
+    return opening + with_article(phrase) + suffix
 
 
 def work_caption(title: str, rng: np.random.Generator) -> str:
     """The title in lower case, sometimes with a prefix or, where it has one, its style."""
     check(title, WORKS, "work")
-    name, style = title.lower(), WORKS[title].style
+    name = title.lower()
+    style = WORKS[title].style
     choices = [name, name, f"a picture of {name}"]
     if style != "plain":
         choices.append(f"{name} in the style of {style}")
@@ -475,20 +520,32 @@ def is_work(caption: str) -> bool:
     return any(title.lower() in caption for title in WORKS)
 
 
+# ---- what is drawn for training
+
+
+TRAINED_PLACES = [place for place in PLACES if place not in HELD_OUT]
+WEIGHTED_STYLES = [style for style in STYLES for _ in range(STYLE_WEIGHTS.get(style, 1))]
+
+
 def draw_any(rng):
     """An object by its name, a scene, or a work."""
-    kind = rng.random()
-    if kind < 0.1:
-        work = pick(rng, tuple(WORKS))
-        return Example(render_work(work), work_caption(work, rng), style=WORKS[work].style,
-                       work=work)
-    if kind < 0.34:
-        return draw_scene(*pick(rng, [place for place in PLACES if place not in HELD_OUT]), rng)
-    object, colour = pick(rng, OBJECTS), pick(rng, tuple(COLOURS))
-    style = pick(rng, [s for s in STYLES for _ in range(STYLE_WEIGHTS.get(s, 1))])
-    setting = pick(rng, tuple(SETTINGS)) if style == "plain" and rng.random() < 0.4 else ""
-    return Example(render(object, colour, style, rng, setting),
-                   caption(object, colour, style, rng, setting), object, colour, style)
+    chance = rng.random()
+    if chance < 0.1:
+        title = pick(rng, tuple(WORKS))
+        text = work_caption(title, rng)
+        return Example(render_work(title), text, style=WORKS[title].style, work=title)
+    if chance < 0.34:
+        scene, setting = pick(rng, TRAINED_PLACES)
+        return draw_scene(scene, setting, rng)
+
+    object = pick(rng, OBJECTS)
+    colour = pick(rng, tuple(COLOURS))
+    style = pick(rng, WEIGHTED_STYLES)
+    has_setting = style == "plain" and rng.random() < 0.4
+    setting = pick(rng, tuple(SETTINGS)) if has_setting else ""
+    image = render(object, colour, style, rng=rng, setting=setting)
+    text = caption(object, colour, style, rng=rng, setting=setting)
+    return Example(image, text, object=object, colour=colour, style=style)
 
 
 def draw(rng: np.random.Generator, without: tuple = ()) -> Example:
@@ -504,31 +561,40 @@ def draw(rng: np.random.Generator, without: tuple = ()) -> Example:
             return example
 
 
-# Images of nothing: each returns (body, edge) masks that show no intact object.
+# ---- images of nothing: masks that show no intact object
+
 
 def piece(rng):
     """An object of which a wedge, at least a third of it, is cut out."""
     body, edge = masks(place(OUTLINES[pick(rng, OBJECTS)], rng))
-    x, y = (body * X).sum() / body.sum(), (body * Y).sum() / body.sum()
+    area = body.sum()
+    x = (body * X).sum() / area
+    y = (body * Y).sum() / area
     while True:
         angle = np.arctan2(Y - y, X - x) - rng.uniform(-np.pi, np.pi)
         kept = np.cos(angle) < np.cos(np.radians(65))
-        if 0.33 < (kept * body).sum() / body.sum() < 0.67:
-            return kept * body, kept * edge
+        if 0.33 < (kept * body).sum() / area < 0.67:
+            return Masks(kept * body, kept * edge)
+
+
+def centred(object):
+    """An object's masks, upright and in the middle."""
+    return masks([polygon + SIZE / 2 for polygon in pose(OUTLINES[object], 21, 0)])
+
+
+def overlap(a, b):
+    """The area of two bodies' intersection over that of their union."""
+    return np.minimum(a, b).sum() / np.maximum(a, b).sum()
 
 
 def blend(rng):
     """The left half of one object joined with the right half of an unlike one."""
+    is_left = X < SIZE / 2
     while True:
-        first, second = rng.choice(len(OBJECTS), 2, replace=False)
-        (body_a, edge_a), (body_b, edge_b) = [
-            masks([p + SIZE / 2 for p in pose(OUTLINES[OBJECTS[i]], 21, 0)])
-            for i in (first, second)]
-        left = X < SIZE / 2
-        body = np.where(left, body_a, body_b)
-        overlap = [np.minimum(body, b).sum() / np.maximum(body, b).sum() for b in (body_a, body_b)]
-        if max(overlap) < 0.7:
-            return body, np.where(left, edge_a, edge_b)
+        left, right = [centred(OBJECTS[i]) for i in rng.choice(len(OBJECTS), 2, replace=False)]
+        body = np.where(is_left, left.body, right.body)
+        if overlap(body, left.body) < 0.7 and overlap(body, right.body) < 0.7:
+            return Masks(body, np.where(is_left, left.edge, right.edge))
 
 
 def blob(rng):
@@ -536,32 +602,45 @@ def blob(rng):
     angle = np.linspace(0, 2 * np.pi, pick(rng, (9, 48)), endpoint=False)
     waves = [np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4, 5)]
     radius = np.clip(0.55 + 0.22 * sum(waves), 0.12, 1)
-    return masks(place([np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)], rng))
+    outline = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return masks(place([outline], rng))
 
 
 def draw_none(rng: np.random.Generator) -> Example:
     """An image for "none of these": at least one label is None, and the caption is empty."""
-    object, colour, style = pick(rng, OBJECTS), pick(rng, tuple(COLOURS)), pick(rng, STYLES)
-    rgb, painter = vary(COLOURS[colour], rng), PAINTERS[style]
+    object = pick(rng, OBJECTS)
+    colour = pick(rng, tuple(COLOURS))
+    style = pick(rng, STYLES)
+    rgb = vary(COLOURS[colour], rng)
+    in_style = STYLE_FUNCTIONS[style]
     if style == "plain":
-        painter = functools.partial(plain, shapes=props_of(*pick(rng, PLACES)))
+        in_style = functools.partial(plain, shapes=props_of(*pick(rng, PLACES)))
+
     kind = pick(rng, ("blank", "odd colour", "odd style", piece, blend, blob))
     if kind == "blank":  # an empty background, or the pattern all over
         body = np.full((SIZE, SIZE), rng.integers(2))
         edge = np.zeros((SIZE, SIZE))
-        object = colour = None
+        object = None
+        colour = None
         if style in ("sketch", "neon"):  # without an outline there is no such style
             style = None
     elif kind == "odd colour":
         body, edge = masks(place(OUTLINES[object], rng))
-        rgb, colour = vary(pick(rng, tuple(ODD_COLOURS.values())), rng), None
+        rgb = vary(pick(rng, tuple(ODD_COLOURS.values())), rng)
+        colour = None
     elif kind == "odd style":
         body, edge = masks(place(OUTLINES[object], rng))
-        painter, style = odd_style, None
+        in_style = odd_style
+        style = None
     else:
         body, edge = kind(rng)
         object = None
-    return Example(to_image(painter(body, edge, rgb, rng)), "", object, colour, style)
+
+    image = to_image(in_style(body, edge, rgb, rng))
+    return Example(image, "", object=object, colour=colour, style=style)
+
+
+# ---- words, and the overview
 
 
 def vocabulary() -> list[str]:
@@ -572,6 +651,34 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.lower().split()})
 
 
+def overview(seed: int) -> list[list[tuple[str, Image.Image]]]:
+    """Rows of labelled images: styles x objects, then scenes, works and images of nothing."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for j, style in enumerate(STYLES):
+        row = []
+        for i, name in enumerate(OBJECTS):
+            colour = tuple(COLOURS)[(i + j) % len(COLOURS)]
+            row.append((f"{colour} {name} {style}", render(name, colour, style, rng)))
+        rows.append(row)
+
+    for scene in SCENES:
+        row = []
+        for setting in ("", *SETTINGS):
+            image = draw_scene(scene, setting, rng).image
+            row.append((scene_prompt(scene, setting), image))
+        rows.append(row)
+
+    rows.append([(title, render_work(title)) for title in WORKS])
+    for _ in range(2):
+        row = []
+        for _ in range(10):
+            image, _, *names, _ = draw_none(rng)
+            row.append((" ".join(name or "-" for name in names), image))
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     """Writes a contact sheet: styles x objects, then scenes, works and images of nothing."""
     from sample import contact_sheet  # not at the top: the world itself needs no torch
@@ -580,20 +687,9 @@ def main() -> None:
     parser.add_argument("--out", default="world.png", help="the contact sheet")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     args = parser.parse_args()
-    rng = np.random.default_rng(args.seed)
-    rows = []
-    for j, style in enumerate(STYLES):
-        colours = [tuple(COLOURS)[(i + j) % len(COLOURS)] for i in range(len(OBJECTS))]
-        rows.append([(f"{c} {o} {style}", render(o, c, style, rng))
-                     for o, c in zip(OBJECTS, colours)])
-    scenes = [[(scene_prompt(scene, setting), draw_scene(scene, setting, rng).image)
-               for setting in ("", *SETTINGS)] for scene in SCENES]
-    works = [(title, render_work(title)) for title in WORKS]
-    nothing = [draw_none(rng) for _ in range(20)]
-    labels = [f"{e.object} {e.colour} {e.style}".replace("None", "-") for e in nothing]
-    none = list(zip(labels, [e.image for e in nothing]))
-    rows += [*scenes, works, none[:10], none[10:]]
-    contact_sheet([tuple(zip(*row)) for row in rows], least=192).save(args.out)
+
+    rows = [tuple(zip(*row)) for row in overview(args.seed)]
+    contact_sheet(rows, least=192).save(args.out)
 
 
 if __name__ == "__main__":

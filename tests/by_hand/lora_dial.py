@@ -7,25 +7,43 @@
 """
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 import sample
 
+LORA = "runs/star-lora.safetensors"
+WEIGHTS = (0, 0.25, 0.5, 0.75, 1, 1.5)
 PROMPTS = ["a star", "a star", "a red star", "a star in the style of dots", "a heart", "a moon"]
 
-sd = sample.load("notebooks/toy")
-lora = load_file("runs/star-lora.safetensors")
-names = {name: f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
-         for name in sd.unet.state_dict()}
-rows = []
-for weight in (0, 0.25, 0.5, 0.75, 1, 1.5):
-    tuned = {}
-    for name, tensor in sd.unet.state_dict().items():
-        if f"{names[name]}.alpha" in lora:
-            up, down, alpha = (lora[f"{names[name]}.{part}"].float()
-                               for part in ("lora_up.weight", "lora_down.weight", "alpha"))
-            change = (up.flatten(1) @ down.flatten(1)).view(tensor.shape)
-            tuned[name] = tensor + weight * alpha / len(down) * change
-    images = sample.generate(sample.with_tuned(sd, tuned), PROMPTS, seed=[*range(len(PROMPTS))],
-                             steps=20, guidance=5.0)
-    rows.append((f"weight {weight}", images))
-sample.contact_sheet(rows).quantize(256).save("notebooks/tools/dial.png")
+
+def with_lora(weights: dict[str, Tensor], lora: dict[str, Tensor], dial: float) -> dict:
+    """Returns the U-Net weights that a LoRA in kohya's form changes, at a weight of `dial`."""
+    changed = {}
+    for name, tensor in weights.items():
+        layer = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+        if f"{layer}.alpha" in lora:
+            up = lora[f"{layer}.lora_up.weight"].float()
+            down = lora[f"{layer}.lora_down.weight"].float()
+            scale = lora[f"{layer}.alpha"] / len(down)
+            change = (up.flatten(1) @ down.flatten(1)).view_as(tensor)
+            changed[name] = tensor + dial * scale * change
+    return changed
+
+
+def main() -> None:
+    """Draws the figure: one row for each weight."""
+    sd = sample.load("notebooks/toy")
+    lora = load_file(LORA)
+    rows = []
+    for dial in WEIGHTS:
+        weights = with_lora(sd.unet.state_dict(), lora, dial)
+        seeds = [*range(len(PROMPTS))]
+        images = sample.generate(
+            sample.with_weights(sd, weights), PROMPTS, seed=seeds, steps=20, guidance=5.0
+        )
+        rows.append((f"weight {dial}", images))
+    sample.contact_sheet(rows).quantize(256).save("notebooks/tools/dial.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,8 @@ libraries' workspaces and the device's own memory aren't counted.
 import argparse
 import resource
 from collections import Counter
+from functools import partial
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -34,7 +36,8 @@ class Kept:
     live = peak = 0
 
     def __init__(self, tensor: Tensor):
-        self.tensor, self.key = tensor, tensor.untyped_storage()._cdata
+        self.tensor = tensor
+        self.key = tensor.untyped_storage()._cdata
         Kept.users[self.key] += 1
         if Kept.users[self.key] == 1:
             Kept.live += tensor.untyped_storage().nbytes()
@@ -51,60 +54,83 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
-def activations(method: str, dtype: torch.dtype) -> int:
-    """The most that autograd keeps at one time."""
+def full_size_unet(dtype: torch.dtype = torch.float32) -> UNet:
+    """Returns a U-Net whose tensors have shapes alone."""
     with torch.device("meta"):
-        unet = UNet(UNetConfig()).to(dtype).requires_grad_(False)
-        x_t, t, text = torch.empty(1, 4, 64, 64), torch.ones(1), torch.empty(1, 77, 768)
-    theta = erase.select(unet, method)
+        return UNet(UNetConfig()).to(dtype).requires_grad_(False)
+
+
+def activations(method: str, dtype: torch.dtype) -> int:
+    """Returns the most bytes that autograd keeps at one time."""
+    unet = full_size_unet(dtype)
+    with torch.device("meta"):
+        x_t = torch.empty(1, 4, 64, 64)
+        t = torch.ones(1)
+        text = torch.empty(1, 77, 768, dtype=dtype)
+
+    theta = erase.trainable_copies(unet, method)
     cast = {name: tensor.to(dtype) for name, tensor in theta.items()}
-    weights = {w.untyped_storage()._cdata for w in (*unet.parameters(), *cast.values(),
-                                                    *theta.values())}
-    Kept.users, Kept.live, Kept.peak = Counter(), 0, 0
+    tensors = [*unet.parameters(), *theta.values(), *cast.values()]
+    weights = {tensor.untyped_storage()._cdata for tensor in tensors}
+    Kept.users = Counter()
+    Kept.live = 0
+    Kept.peak = 0
 
     def pack(tensor):
-        return tensor if tensor.untyped_storage()._cdata in weights else Kept(tensor)
+        is_weight = tensor.untyped_storage()._cdata in weights
+        return tensor if is_weight else Kept(tensor)
 
     def unpack(kept):
         return kept.tensor if isinstance(kept, Kept) else kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        loss = functional_call(unet, cast, (x_t, t, text.to(dtype))).square().mean()
+        loss = functional_call(unet, cast, (x_t, t, text)).square().mean()
         after_forward = Kept.live
         loss.backward()
-    assert Kept.peak >= after_forward and Kept.live == 0
+    assert Kept.peak >= after_forward
+    assert Kept.live == 0
     return Kept.peak
 
 
-def others() -> int:
-    """Parameters of the VAE and the text encoder."""
-    with torch.device("meta"):
-        models = VAE(VAEConfig()), TextEncoder(TextConfig())
-    return sum(p.numel() for model in models for p in model.parameters())
+class Memory(NamedTuple):
+    """Bytes that erasing needs."""
+
+    model: int  # theta* and the other models
+    training: int  # theta, its gradient and Adam
+    copy: int  # theta in half precision
+    activations: int
+
+
+def numel(tensors) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 @mock.patch.object(F, "scaled_dot_product_attention", attention)
-def count(method: str, dtype: torch.dtype) -> list[float]:
-    """GB of: theta* and the other models; theta, its gradient and Adam; theta in half precision;
-    and activations."""
+def count(method: str, dtype: torch.dtype) -> Memory:
+    """Counts what a method needs with models of this dtype."""
     with torch.device("meta"):
-        unet = UNet(UNetConfig())
-    whole = sum(p.numel() for p in unet.parameters())
-    tuned = sum(tensor.numel() for tensor in erase.select(unet, method).values())
-    width = torch.empty((), dtype=dtype).element_size()
-    copy = 0 if dtype == torch.float32 else tuned * width
-    return [x / GB for x in (
-        (whole + others()) * width, tuned * 4 * 4, copy,
-        activations(method, dtype))]
+        others = [VAE(VAEConfig()), TextEncoder(TextConfig())]
+    unet = full_size_unet()
+    all_of_it = sum(numel(model.parameters()) for model in [unet, *others])
+    tuned = numel(erase.trainable_copies(unet, method).values())
+    bytes_each = torch.empty((), dtype=dtype).element_size()
+
+    return Memory(
+        model=all_of_it * bytes_each,
+        training=tuned * 4 * 4,
+        copy=0 if dtype == torch.float32 else tuned * bytes_each,
+        activations=activations(method, dtype),
+    )
 
 
-def table(dtype: torch.dtype) -> None:
-    print("| method | model | theta, gradient, Adam | theta, half precision | activations "
-          "| in all |\n|---|---|---|---|---|---|")
+def print_table(dtype: torch.dtype) -> None:
+    heads = ["method", "model", "theta, gradient, Adam", "theta, half precision", "activations"]
+    print(f"| {' | '.join(heads)} | in all |")
+    print("|---" * 6 + "|")
     for method in erase.METHODS:
-        parts = count(method, dtype)
-        cells = [*parts, sum(parts)]
-        print(f"| {method} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+        memory = count(method, dtype)
+        cells = [f"{part / GB:.2f}" for part in [*memory, sum(memory)]]
+        print(f"| {method} | {' | '.join(cells)} |")
 
 
 class OneToken:
@@ -115,25 +141,37 @@ class OneToken:
         return argparse.Namespace(input_ids=ids)
 
 
+def peak_of_process() -> int:
+    """Returns the most bytes that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def check(method: str) -> None:
-    """One iteration with random weights; the process's peak, to compare with the count."""
-    parts = [model(config()).requires_grad_(False) for model, config in (
-        (UNet, UNetConfig), (VAE, VAEConfig), (TextEncoder, TextConfig))]
-    sd = sample.StableDiffusion(*parts, OneToken())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    weights = sum(p.numel() * 4 for part in parts for p in part.parameters()) / GB
-    erase.erase(sd, ["a concept"], method, iterations=1, steps=1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    """Runs one iteration with random weights; prints the process's peak, and the count."""
+    unet = UNet(UNetConfig()).requires_grad_(False)
+    vae = VAE(VAEConfig()).requires_grad_(False)
+    text_encoder = TextEncoder(TextConfig()).requires_grad_(False)
+    sd = sample.StableDiffusion(unet, vae, text_encoder, tokenizer=OneToken())
+    weights = 4 * sum(numel(part.parameters()) for part in (unet, vae, text_encoder))
+    libraries = peak_of_process() - weights
+
+    data = partial(erase.x_t_from_model, steps=1)
+    erase.erase(sd, ["a concept"], method, iterations=1, data=data)
     counted = sum(count(method, torch.float32))
-    print(f"{method}, float32: counted {counted:.2f} GB, peak of the process {peak:.2f} GB, "
-          f"of which Python and libraries {before * 1024 / GB - weights:.2f} GB")
+    print(
+        f"{method}, float32: counted {counted / GB:.2f} GB, peak of the process "
+        f"{peak_of_process() / GB:.2f} GB, of which Python and libraries {libraries / GB:.2f} GB"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory that erasing needs, in GB.")
     parser.add_argument("--check", choices=erase.METHODS, metavar="METHOD")
     args = parser.parse_args()
-    check(args.check) if args.check else table(torch.bfloat16)
+    if args.check:
+        check(args.check)
+    else:
+        print_table(torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -5,121 +5,192 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Callable
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sample import PARTS, StableDiffusion
+from sample import StableDiffusion
 
 from . import small
 
-COMPVIS = json.loads((small.REFERENCE / "compvis.json").read_text())  # its name -> ours, by part
-PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
-          "text_encoder": "cond_stage_model.transformer."}
+COMPVIS = json.loads((small.REFERENCE / "compvis.json").read_text())  # theirs -> ours, by part
+PREFIX = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
 OF_2022 = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+PICKLED = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "pytorch_model",
+}
 
 
 def part_weights(sd: StableDiffusion) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of each part."""
     return {part: getattr(sd, part).state_dict() for part in PREFIX}
 
 
-# Folders
+def same_tensors(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Whether two dicts of tensors are the same, to the bit and the dtype."""
+    if weights.keys() != others.keys():
+        return False
+    for name, tensor in weights.items():
+        if tensor.dtype != others[name].dtype or not torch.equal(tensor, others[name]):
+            return False
+    return True
+
+
+def equal(sd: StableDiffusion, other: StableDiffusion) -> bool:
+    """Whether two models are the same, to the bit and the dtype."""
+    weights, others = part_weights(sd), part_weights(other)
+    return all(same_tensors(weights[part], others[part]) for part in PREFIX)
+
+
+# ---- folders
+
 
 def vae_of_2022(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE's tensors, its attention under the names of 2022."""
+    """Returns the VAE's tensors, its attention under the names of 2022."""
     for new, old in OF_2022.items():
-        weights = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): tensor
-                   for name, tensor in weights.items()}
+        weights = {
+            name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): tensor
+            for name, tensor in weights.items()
+        }
     return weights
 
 
 def text_on_disk(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The text encoder's tensors as transformers 4 saved them."""
+    """Returns the text encoder's tensors as transformers 4 saved them."""
     named = {f"text_model.{name}": tensor for name, tensor in weights.items()}
     return named | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
 
 
+OLD_NAMES = {"unet": dict, "vae": vae_of_2022, "text_encoder": text_on_disk}
+
+
 def write_folder(folder: Path, to: Path, suffix: str, dtype: torch.dtype, old: bool) -> Path:
-    """A copy of a model's folder with other file names, number format and tensor names."""
+    """Copies a model's folder with other file names, number format and tensor names."""
     shutil.copytree(folder, to)
-    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
-                       ("text_encoder", "model" if "safetensors" in suffix else "pytorch_model")):
+    for part in PREFIX:
         published, = (to / part).glob("*.safetensors")
+        stem = published.stem if suffix.endswith(".safetensors") else PICKLED[part]
         weights = {name: tensor.to(dtype) for name, tensor in load_file(published).items()}
         published.unlink()
+
         if old:
-            weights = {"vae": vae_of_2022, "text_encoder": text_on_disk}.get(part, dict)(weights)
-        save = torch.save if suffix.endswith("bin") else save_file
-        save(weights, to / part / (stem + suffix))
+            weights = OLD_NAMES[part](weights)
+        save = save_file if suffix.endswith(".safetensors") else torch.save
+        save(weights, to / part / f"{stem}{suffix}")
     return to
 
 
-# Single files in CompVis's format
+# ---- single files in CompVis's format
+
+
+def compvis_part(part: str, weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors of a part as CompVis's code has them."""
+    tensors = {}
+    for theirs, ours in COMPVIS[part].items():
+        if ours not in weights:  # the small text encoder has fewer layers
+            continue
+        tensor = weights[ours]
+        if part == "vae" and "attn_1" in theirs and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]  # a 1x1 convolution
+        tensors[prefix + theirs] = tensor
+    return tensors
+
 
 def compvis_weights(sd: StableDiffusion, ema: bool = False) -> dict[str, Tensor]:
-    """What a single file holds; with `ema`, the U-Net is in model_ema, and zeros in its place."""
+    """Returns what a single file holds.
+
+    With ema, the U-Net is in model_ema, and zeros are in its place.
+    """
     tensors = {}
     for part, weights in part_weights(sd).items():
-        for theirs, ours in COMPVIS[part].items():
-            if ours not in weights:  # the small text encoder has fewer layers
-                continue
-            tensor = weights[ours]
-            if part == "vae" and "attn_1" in theirs and tensor.ndim == 2:
-                tensor = tensor[:, :, None, None]  # a 1x1 convolution
-            tensors[PREFIX[part] + theirs] = tensor
+        tensors |= compvis_part(part, weights, PREFIX[part])
+
     if ema:
         for theirs in COMPVIS["unet"]:
             flat = f"diffusion_model.{theirs}".replace(".", "")
             tensors[f"model_ema.{flat}"] = tensors[PREFIX["unet"] + theirs]
             tensors[PREFIX["unet"] + theirs] = torch.zeros_like(tensors[f"model_ema.{flat}"])
+
+    schedule = ("betas", "alphas_cumprod", "posterior_variance")
+    tensors |= {name: torch.zeros(1000) for name in schedule}
     return tensors | {
         "model_ema.decay": torch.tensor(0.9999),  # these two are in every file
         "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
-        **{name: torch.zeros(1000) for name in ("betas", "alphas_cumprod", "posterior_variance")}}
-
-
-def read_as_small(folder: Path, monkeypatch) -> None:
-    """Single files are taken for full-size ones; from here on, for ones of the folder's size."""
-    for name, part in PARTS.items():
-        config = json.loads((folder / name / "config.json").read_text())
-        defaults = tuple(vars(part.module.config_from_json(config)).values())
-        monkeypatch.setattr(part.config.__init__, "__defaults__", defaults)
+    }
 
 
 class Stranger:
     """Pickles as a call of a function, which this machine needn't have."""
 
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
+    def __init__(self, function: Callable, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
-        return self.function, self.arguments
+        return self.call
 
 
-def stand_in(monkeypatch, module: str, name: str) -> type:
-    """A class that pickles as `module.name`, whether or not that module exists."""
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> type:
+    """Returns a class that pickles as `module.name`, whether or not that module exists."""
     cls = type(name, (), {"__module__": module})
-    parts = module.split(".")
-    for i in range(1, len(parts) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
+    words = module.split(".")
+    for i in range(1, len(words) + 1):
+        package = ".".join(words[:i])
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
     setattr(sys.modules[module], name, cls)
     return cls
 
 
-def write_ckpt(weights: dict[str, Tensor], file: Path, monkeypatch, zipped: bool = True) -> Path:
-    """A .ckpt with the nine globals of the published ones, Lightning's and numpy's among them."""
+def write_ckpt(
+    weights: dict[str, Tensor], file: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool = True
+) -> Path:
+    """Writes a .ckpt with the nine globals of the published ones, Lightning's and numpy's too."""
     number = np.dtype("<f8")
     with monkeypatch.context() as patch:
-        callback = stand_in(patch, "pytorch_lightning.callbacks.model_checkpoint",
-                            "ModelCheckpoint")
+        lightning = "pytorch_lightning.callbacks.model_checkpoint"
+        callback = stand_in(patch, lightning, "ModelCheckpoint")
         scalar = stand_in(patch, "numpy.core.multiarray", "scalar")
         patch.setitem(sys.modules, "numpy", np)  # which really has a dtype
         best = Stranger(scalar, number, b"\x00\x01\x02\x03\xff\xfe\x00\x00")
-        torch.save({"epoch": 3, "global_step": 470000, "state_dict": weights,
-                    "callbacks": {callback: {"best_model_score": best}},
-                    "optimizer_states": [], "lr_schedulers": []}, file,
-                   _use_new_zipfile_serialization=zipped)
+        content = {
+            "epoch": 3,
+            "global_step": 470000,
+            "state_dict": weights,
+            "callbacks": {callback: {"best_model_score": best}},
+            "optimizer_states": [],
+            "lr_schedulers": [],
+        }
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
     return file
+
+
+# ---- erased weights
+
+
+def nested(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Returns {module: {name: tensor}}, as the demo of the official code saves."""
+    modules = {}
+    for name, tensor in weights.items():
+        module, kind = name.rsplit(".", 1)
+        modules.setdefault(f"unet.{module}", {})[kind] = tensor
+    return modules
+
+
+def compvis_unet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a U-Net's tensors as in a whole checkpoint."""
+    return compvis_part("unet", weights, PREFIX["unet"])
+
+
+def cross_attention(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what ESD-x tunes."""
+    return {name: tensor for name, tensor in weights.items() if "attn2" in name}

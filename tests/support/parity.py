@@ -22,26 +22,40 @@ CLASSES = {
 
 
 def clip_text_model() -> Tensor:
-    """What transformers' text encoder answers to small.INPUTS."""
-    clip = small.filled(CLIPTextModel(CLIPTextConfig(**small.SMALL["text_encoder"])))
+    """Returns the answer of transformers' text encoder to small.INPUTS."""
+    config = CLIPTextConfig(**small.SMALL["text_encoder"])
+    clip = small.filled(CLIPTextModel(config))
     return clip(*small.INPUTS["text_encoder"]).last_hidden_state
 
 
+def small_model(part: str) -> nn.Module:
+    """Returns our model of the small config, its weights filled in."""
+    _, model = CLASSES[part]
+    config = MODULES[part].config_from_json(small.SMALL[part])
+    return small.filled(model(config))
+
+
 # made at import, before a test can patch anything; copy a model before changing it
-MODELS = {part: small.filled(model(MODULES[part].config_from_json(small.SMALL[part])))
-          for part, (_, model) in CLASSES.items()}
-ANSWERS = {**load_file(small.REFERENCE / "outputs.safetensors"), "text_encoder": clip_text_model()}
+MODELS = {part: small_model(part) for part in CLASSES}
+ANSWERS = load_file(small.REFERENCE / "outputs.safetensors")
+ANSWERS["text_encoder"] = clip_text_model()
 
 
 def functions(part: str, model: nn.Module) -> dict[str, Callable]:
-    """What a model computes, each a function of its small.INPUTS with one output."""
-    if part == "vae":
-        return {"vae.encode": lambda image: torch.cat(model.encode(image), dim=1),
-                "vae.decode": model.decode}
-    return {part: model}
+    """Returns what a model computes: functions of their small.INPUTS, with one output each."""
+    if part != "vae":
+        return {part: model}
+
+    def encode(image: Tensor) -> Tensor:
+        return torch.cat(model.encode(image), dim=1)
+
+    return {"vae.encode": encode, "vae.decode": model.decode}
 
 
 def difference(part: str, model: nn.Module) -> float:
-    """The largest absolute difference between a model's outputs and the reference's."""
-    return max((function(*small.INPUTS[name]) - ANSWERS[name]).abs().max().item()
-               for name, function in functions(part, model).items())
+    """Returns the largest absolute difference between a model's outputs and the reference's."""
+    largest = 0.0
+    for name, function in functions(part, model).items():
+        off = (function(*small.INPUTS[name]) - ANSWERS[name]).abs().max()
+        largest = max(largest, off.item())
+    return largest

@@ -18,15 +18,25 @@ PUBLISHED = json.loads((REFERENCE / "configs.json").read_text())  # v1.4's, from
 # four levels and every other difference of the full size are kept
 SMALL = {
     "unet": PUBLISHED["unet"] | {
-        "block_out_channels": [32, 64, 96, 96], "cross_attention_dim": 24,
-        "attention_head_dim": 4, "norm_num_groups": 8},
-    "vae": PUBLISHED["vae"] | {"block_out_channels": [16, 32, 48, 48], "norm_num_groups": 8},
+        "block_out_channels": [32, 64, 96, 96],
+        "cross_attention_dim": 24,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    },
+    "vae": PUBLISHED["vae"] | {
+        "block_out_channels": [16, 32, 48, 48],
+        "norm_num_groups": 8,
+    },
     "text_encoder": PUBLISHED["text_encoder"] | {
-        "vocab_size": 100, "hidden_size": 32, "intermediate_size": 128,
-        "num_hidden_layers": 3, "num_attention_heads": 4},
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    },
 }
-TIMESTEPS = [1, 3, 7, 20, 50, 60, 333]  # step counts whose times are recorded
-TRAJECTORIES = [3, 7, 20, 50]  # and those of whole trajectories
+TIMESTEPS = [1, 3, 7, 20, 50, 60, 333]  # numbers of steps whose times are recorded
+TRAJECTORIES = [3, 7, 20, 50]  # and those whose trajectories are recorded
 
 
 def numbers(name: str, *shape: int) -> Tensor:
@@ -39,7 +49,8 @@ def weight(name: str, shape: torch.Size) -> Tensor:
     z = numbers(name, *shape)
     if len(shape) > 1:
         return 0.5 * z / math.sqrt(z[0].numel())
-    return 0.1 * z + (1 if name.endswith(".weight") else 0)  # of a norm, or a bias
+    is_norm = name.endswith(".weight")  # else it is a bias
+    return 0.1 * z + (1 if is_norm else 0)
 
 
 def filled(model: nn.Module) -> nn.Module:
@@ -51,9 +62,11 @@ def filled(model: nn.Module) -> nn.Module:
 
 
 def full_size_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A float32 value for every tensor of a model, from its name. Buffers (position_ids) aren't."""
-    return {name: weight(name, parameter.shape).float()
-            for name, parameter in model.named_parameters()}
+    """A float32 value for every parameter of a model, from its name."""
+    return {
+        name: weight(name, parameter.shape).float()
+        for name, parameter in model.named_parameters()
+    }
 
 
 # t is small: there the rounding of the sinusoids, which are float32, is worth 1e-8 and not 1e-6
@@ -62,36 +75,43 @@ INPUTS = {
     "vae.encode": (0.5 * numbers("image", 2, 3, 32, 48),),
     "vae.decode": (numbers("latents", 2, 4, 4, 6),),
     "text_encoder": (torch.tensor([[98, 5, 17, 99, 99, 99], [98, 99, 99, 99, 99, 99]]),),
-    "add_noise": (numbers("x_0", 2, 4, 2, 3), numbers("noise", 2, 4, 2, 3), torch.tensor([1, 981])),
+    "add_noise": (
+        numbers("x_0", 2, 4, 2, 3),
+        numbers("noise", 2, 4, 2, 3),
+        torch.tensor([1, 981]),
+    ),
     "denoise": (numbers("x_T", 2, 4, 2, 3),),
 }
-FULL_SIZE_INPUTS = {  # 128x128 pixels, so that a run takes seconds
-    "unet": (numbers("x_t", 1, 4, 16, 16).float(), torch.tensor([4]),
-             numbers("text", 1, 77, 768).float()),
+FULL_SIZE_INPUTS = {  # of images of 128x128 pixels, so that a run takes seconds
+    "unet": (
+        numbers("x_t", 1, 4, 16, 16).float(),
+        torch.tensor([4]),
+        numbers("text", 1, 77, 768).float(),
+    ),
     "vae.encode": (0.5 * numbers("image", 1, 3, 64, 64).float(),),
     "vae.decode": (numbers("latents", 1, 4, 8, 8).float(),),
     "text_encoder": (torch.tensor([[49406, 320, 1674, 539, 320, 6829] + 71 * [49407]]),),
 }
 
 
-def toy_eps(x_t: Tensor, t: int) -> Tensor:
+def toy_eps(x_t: Tensor, t: Tensor | int) -> Tensor:
     """Takes the U-Net's place in trajectories. Plain arithmetic, so it rounds alike everywhere."""
-    return x_t / (1 + x_t * x_t) + t / 1000
+    return x_t / (1 + x_t * x_t) + int(t) / 1000
 
 
 class FakeUNet:
-    """Predicts the mean of the text plus x_t, and remembers the batch and time of each call."""
+    """Predicts the mean of the text plus x_t, and remembers the (batch, t) of each call."""
 
     def __init__(self):
         self.calls = []
 
-    def __call__(self, x_t: Tensor, t: int, text: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor | int, text: Tensor) -> Tensor:
         self.calls.append((len(x_t), t))
         return x_t + text.mean(dim=(1, 2))[:, None, None, None]
 
 
 def setting(module: nn.Module) -> str | None:
-    """What a layer's weights don't tell about it, in words; None where they tell everything."""
+    """Returns what a layer's weights don't tell about it, in words; None if there is nothing."""
     if isinstance(module, nn.GroupNorm):
         return f"{module.num_groups} groups, eps {module.eps}"
     if isinstance(module, nn.LayerNorm):
@@ -101,15 +121,17 @@ def setting(module: nn.Module) -> str | None:
     if hasattr(module, "to_q"):
         return f"heads {getattr(module, 'heads', 1)}"  # the VAE's attention has one head
     if hasattr(module, "q_proj"):
-        return f"heads {getattr(module, 'heads', None) or module.num_heads}"  # transformers' name
+        heads = getattr(module, "heads", None) or module.num_heads  # the latter in transformers
+        return f"heads {heads}"
     return None
 
 
 def settings(model: nn.Module) -> dict[str, str]:
-    """Name of layer -> its setting, of all layers that have one."""
+    """Returns the setting of each layer that has one, by the layer's name."""
     return {name: setting(layer) for name, layer in model.named_modules() if setting(layer)}
 
 
 def shapes(model: nn.Module) -> dict[str, str]:
-    """Name of tensor -> shape, "320 4 3 3"."""
-    return {name: " ".join(map(str, tensor.shape)) for name, tensor in model.state_dict().items()}
+    """Returns the shape of each tensor, such as "320 4 3 3", by its name."""
+    tensors = model.state_dict()
+    return {name: " ".join(map(str, tensor.shape)) for name, tensor in tensors.items()}
