@@ -429,8 +429,14 @@ def check_flags(args: argparse.Namespace, checkpoint: Path) -> None:
     if args.resume and not checkpoint.exists():
         raise UsageError(f"{checkpoint} doesn't exist: leave out --resume")
     sample.check_out(args.out, ".safetensors", new=not args.resume)
-    if any("," in concept for concept in args.concepts):
-        print('A comma is part of a concept. To erase two, write "star" "heart".')
+
+
+def plan(concepts: list[str], shown: list[str]) -> str:
+    """Returns what a run is about to do, in a line that shows words left unquoted."""
+    quoted = ", ".join(f'"{concept}"' for concept in concepts)
+    count = "1 concept" if len(concepts) == 1 else f"{len(concepts)} concepts, together"
+    also = "".join(f', "{prompt}"' for prompt in shown)
+    return f"erasing {count}: {quoted}" + (f"; then drawing it{also}" if shown else "")
 
 
 def draw_before_and_after(
@@ -452,8 +458,11 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     checkpoint = args.out.with_suffix(".checkpoint")
     check_flags(args, checkpoint)
+    print(plan(args.concepts, args.show))
     loss_fn = find_function("--loss", args.loss)
     sd = sample.load(args.model, args.device, args.dtype)
+    for file in args.erased:
+        sd = sample.load_erased(sd, file)
     loss_fn = bind(loss_fn, {"sd": sd})
     data = data_from_flags(args, sd)
     if checkpoint.exists() and not args.resume:

@@ -16,6 +16,7 @@ import math
 import shlex
 import signal
 import sys
+import unicodedata
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,8 +72,11 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
         """B prompts -> text features (B, 77, 768). Cuts longer prompts, and warns."""
+        if not prompts:
+            raise UsageError("there is no prompt to encode")
         length = self.text_encoder.config.max_position_embeddings
-        for prompt, ids in zip(prompts, self.tokenizer(prompts).input_ids):
+        token_ids = self.tokenizer(prompts, verbose=False).input_ids  # we warn ourselves
+        for prompt, ids in zip(prompts, token_ids):
             if len(ids) > length:
                 warnings.warn(f"cut to the first {length} of {len(ids)} tokens: {prompt!r}")
 
@@ -170,18 +174,16 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
     check_steps_and_seeds(steps, seeds)
-    if num < 1 or batch < 1 or not prompts:
-        raise UsageError(
-            f"num is {num}, batch {batch}, {len(prompts)} prompts: choose 1 or more"
-        )
+    if num < 1 or batch < 1:
+        raise UsageError(f"num is {num}, batch {batch}: choose 1 or more")
     if len(seeds) != len(prompts):
         raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts")
 
     width, height = image_size(sd, size)
     factor = sd.vae.config.factor
     shape = (sd.unet.config.in_channels, height // factor, width // factor)
-    noise = torch.cat([starting_noise(shape, num, each) for each in seeds])
     text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P * num, 77, 768)
+    noise = torch.cat([starting_noise(shape, num, each) for each in seeds])
     null = sd.encode([negative])  # (1, 77, 768)
     rng = Generator().manual_seed(seeds[0])
 
@@ -210,10 +212,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
+def printable(label: str) -> str:
+    """Returns a label in ASCII, which is what Pillow's own font has: é as e, ж as ?."""
+    letters = []
+    for letter in unicodedata.normalize("NFKD", " ".join(label.split())):
+        if letter == "ß":
+            letters.append("ss")
+        elif not unicodedata.combining(letter):
+            letters.append(letter if letter.isascii() else "?")
+    return "".join(letters)
+
+
+def shortened(label: str, width: int, font: ImageFont.ImageFont) -> str:
+    """Returns as much of a label as fits into `width` pixels, with dots if that isn't all."""
+    text = printable(label)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."
+
+
 def contact_sheet(rows: list[tuple], least: int = 96) -> Image.Image:
     """Draws rows of (label, images), or (labels, images) with one for each image.
 
-    Small images are enlarged by a whole number, to `least` pixels or more.
+    Small images are enlarged by a whole number, to `least` pixels or more. Labels are in
+    ASCII, and shortened to the width of the row, or of the image.
     """
     line, gap = 22, 4  # pixels: of a line of text, between images
     width = rows[0][1][0].width
@@ -226,10 +250,13 @@ def contact_sheet(rows: list[tuple], least: int = 96) -> Image.Image:
     font = ImageFont.load_default(14)
     for i, (labels, images) in enumerate(rows):
         top = i * (line + side + gap)
-        labels = [labels] if isinstance(labels, str) else labels
+        width = side
+        if isinstance(labels, str):
+            labels, width = [labels], sheet.width - 2 * gap
         for j, label in enumerate(labels):
             left = gap + j * (side + gap)
-            draw.text((left, top + 3), label, fill="black", font=font)
+            text = shortened(label, width, font)
+            draw.text((left, top + 3), text, fill="black", font=font)
         for j, image in enumerate(images):
             left = gap + j * (side + gap)
             sheet.paste(ImageOps.pad(image, (side, side)), (left, top + line))
@@ -304,8 +331,28 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UsageError(f"{file} is incomplete, or not safetensors: {error}") from error
 
 
+def check_kind(folder: Path) -> None:
+    """Raises UsageError, which names it, for a model of another kind than SD v1."""
+    index_file = folder / "model_index.json"
+    unet_file = folder / "unet" / "config.json"
+    kind = ""
+    if unet_file.is_file():
+        config = read_json(unet_file)
+        if config.get("addition_embed_type"):
+            kind = "SDXL"
+        elif config.get("use_linear_projection"):
+            kind = "Stable Diffusion 2"
+        elif config.get("in_channels") == 9:
+            kind = "an inpainting model"
+    elif index_file.is_file():
+        kind = str(read_json(index_file).get("_class_name")).removesuffix("Pipeline")
+    if kind:
+        raise UsageError(f"this is {kind}, not Stable Diffusion v1")
+
+
 def read_configs(folder: Path) -> dict[str, Any]:
     """Returns the config of each part. Raises UsageError unless they are of SD v1's kind."""
+    check_kind(folder)
     schedule = folder / "scheduler" / "scheduler_config.json"
     if schedule.is_file():
         check_schedule(read_json(schedule))
@@ -364,7 +411,8 @@ def download(name: str) -> Path:
 
     The configs come first and are checked, then one file of weights for each part.
     """
-    wanted = ["scheduler/*", "tokenizer/*", *(f"{part}/config.json" for part in PARTS)]
+    wanted = ["model_index.json", "scheduler/*", "tokenizer/*"]
+    wanted += [f"{part}/config.json" for part in PARTS]
     folder = Path(snapshot_download(name, allow_patterns=wanted))
     read_configs(folder)
 
@@ -407,12 +455,16 @@ def convert_hint(source: str | Path, out: str = "", *flags: str) -> str:
 
 def choose_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     """Replaces "auto": the accelerator, if there is one; half precision on it, if it has that."""
+    if device.isdigit():
+        device = f"cuda:{device}"
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
         if "cuda" in device and not torch.cuda.is_bf16_supported(including_emulation=False):
             dtype = "float16"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"dtype is {dtype}, choose float32, bfloat16 or float16")
     return device, getattr(torch, dtype)
 
 
@@ -424,12 +476,16 @@ def load(
     dtype: auto is float32 on the CPU, elsewhere bfloat16, or float16 where that is
     emulated.
     Raises UsageError; for other published forms, it ends with the command that converts
-    them.
+    them. In float32 on the CPU, weights stay mapped from their files: don't overwrite those.
     """
+    place = ""
     try:
-        if Path(model).is_file():
+        folder = Path(model).absolute()
+        if folder.is_file():
             raise UsageError(f"it is a file, not a folder; {convert_hint(model)}")
-        folder = Path(model).absolute() if Path(model).exists() else download(str(model))
+        if not folder.exists():
+            place = "no such folder here; on the hub: "
+            folder = download(str(model))
         configs = read_configs(folder)
         with torch.device("meta"):  # takes no memory
             parts = nn.ModuleDict({name: PARTS[name].model(configs[name]) for name in PARTS})
@@ -439,7 +495,7 @@ def load(
         sd = StableDiffusion(*parts.values(), load_tokenizer(folder))
         check_parts(sd)
     except Exception as error:  # damaged files and missing devices can raise anything
-        raise UsageError(f"can't load {model}: {one_line(error)}") from error
+        raise UsageError(f"can't load {model}: {place}{one_line(error)}") from error
 
     if leftover:
         names = ", ".join(leftover[:3])
@@ -490,8 +546,9 @@ def fingerprint(sd: StableDiffusion, without: Iterable[str] = ()) -> list[float]
 def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
     """Returns the model with the weights of a file that erase.py wrote, or the official code.
 
-    Says so in a line if the file was made from another model. Raises UsageError; for
-    other published forms, it ends with the command that converts them.
+    Says so in a line if the file was made from another model, or if it replaces weights
+    that were edited before. Raises UsageError; for other published forms, it ends with
+    the command that converts them.
     """
     try:
         weights, metadata = read_tensors(Path(path))
@@ -500,6 +557,10 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
         out = f"{Path(path).stem}-converted.safetensors"
         raise UsageError(f"{error}; {convert_hint(path, out, '--erased')}") from error
 
+    old, new = unet_tensors(sd), unet_tensors(erased)
+    replaced = [name for name in sd.edited & weights.keys() if not old[name].equal(new[name])]
+    if replaced:
+        print(f"{path} replaces {len(replaced)} weights edited before", file=sys.stderr)
     settings = json.loads(metadata.get("settings", "{}"))
     if "base" in settings:
         base = settings["base"]
@@ -558,11 +619,59 @@ def ran_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
+def read_flags(file: Path) -> list[str]:
+    """Returns the words of a flags file. Paths in it are relative to its own folder."""
+    words = []
+    for word in shlex.split(file.read_text()):
+        name, equals, value = word.partition("=")
+        if equals and (file.parent / value).exists():
+            word = f"{name}={file.parent / value}"
+        words.append(word)
+    return words
+
+
+def parse(flags: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Parses a command line: prompts, then options; @FILE has more of them.
+
+    Raises UsageError for words after an option, which somebody forgot to quote: argparse
+    would take them for prompts.
+    """
+    expanded = []
+    for word in words:
+        expanded += read_flags(Path(word[1:])) if word.startswith("@") else [word]
+
+    args, stray = flags.parse_known_args(expanded)
+    if any(word.startswith("--") for word in stray):
+        flags.error(f"unrecognized arguments: {' '.join(stray)}")
+    if {"prompts", "concepts"} & vars(args).keys() and words[0].startswith("-"):
+        raise UsageError(f"put prompts before options: {words[0]} comes first")
+    if stray:
+        option, values = option_before(stray[0], expanded)
+        raise UsageError(
+            f"{' '.join(stray)!r} comes after {option}: quote what belongs together, "
+            f'{option} "{" ".join(values + stray)}", and put prompts before options'
+        )
+    return args
+
+
+def option_before(stray: str, words: list[str]) -> tuple[str, list[str]]:
+    """Returns the last option before a word, and the words between them."""
+    option, values = "", []
+    for word in words:
+        if option and word == stray:
+            break
+        if word.startswith("--"):
+            option, values = word, []
+        else:
+            values.append(word)
+    return option, values
+
+
 def fail_in_one_line(run: Callable, flags: argparse.ArgumentParser) -> None:
     """Runs a command; bad input ends it with one line and exit status 2, without a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-done stays
     try:
-        run(flags.parse_intermixed_args())
+        run(parse(flags, sys.argv[1:]))
     except (UsageError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not ran_out_of_memory(error):
             raise  # a mistake in somebody's code
@@ -577,13 +686,13 @@ def parser(description: str, what: str, help: str) -> argparse.ArgumentParser:
     """Returns the flags that sample.py and erase.py share. @FILE: more flags, from a file."""
     parser = argparse.ArgumentParser(
         description=description,
-        fromfile_prefix_chars="@",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.convert_arg_line_to_args = shlex.split
     add = parser.add_argument
     add(f"{what.lower()}s", nargs="+", metavar=what, help=help)
     add("--model", default=DEFAULT_MODEL, help="a folder in diffusers' layout, or a hub name")
+    add("--erased", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
+        help="weights that erase.py wrote; of the same weight, the last file's counts")
     add("--seed", type=int, default=0, help="of all random numbers")
     add("--steps", type=int, default=50, help="DDIM steps")
     add("--device", default="auto", help="cpu, cuda, mps, ...")
@@ -595,8 +704,8 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     check_out(args.out, ".png")
     sd = load(args.model, args.device, args.dtype)
-    if args.erased:
-        sd = load_erased(sd, args.erased)
+    for file in args.erased:
+        sd = load_erased(sd, file)
 
     images = generate(
         sd,
@@ -621,7 +730,6 @@ def main() -> None:
     """Reads the command line."""
     flags = parser("Images from prompts.", "PROMPT", "one row of images for each")
     add = flags.add_argument
-    add("--erased", type=Path, help="weights that erase.py wrote")
     add("--num", type=int, default=1, help="images of each prompt")
     add("--guidance", type=float, default=7.5, help="guidance scale")
     add("--negative", default="", help="prompt to steer away from")

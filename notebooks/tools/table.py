@@ -18,7 +18,6 @@ import io
 import json
 import os
 import re
-import shlex
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -287,10 +286,8 @@ def main() -> None:
     """Reads the command line."""
     flags = argparse.ArgumentParser(
         description="Draws a table of prompts.",
-        fromfile_prefix_chars="@",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    flags.convert_arg_line_to_args = shlex.split
     add = flags.add_argument
     add("table", type=Path, metavar="FILE.csv", help="case_number, prompt, evaluation_seed, ...")
     add("--model", default=sample.DEFAULT_MODEL, help="a folder of one, or a hub name")
