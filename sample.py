@@ -561,14 +561,25 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
     replaced = [name for name in sd.edited & weights.keys() if not old[name].equal(new[name])]
     if replaced:
         print(f"{path} replaces {len(replaced)} weights edited before", file=sys.stderr)
-    settings = json.loads(metadata.get("settings", "{}"))
-    if "base" in settings:
-        base = settings["base"]
-        ours = fingerprint(sd, without=weights.keys())
-        others = [not math.isclose(a, b, rel_tol=0.01, abs_tol=1e-4) for a, b in zip(base, ours)]
-        if any(others) or len(base) != len(ours):
-            print(f"{path} was made from another model than this one", file=sys.stderr)
+    if not is_base(sd, weights, metadata):
+        print(f"{path} was made from another model than this one", file=sys.stderr)
     return erased
+
+
+def is_base(sd: StableDiffusion, weights: dict[str, Tensor], metadata: dict[str, str]) -> bool:
+    """Whether a file's `base` is the fingerprint of sd; True for files that have none."""
+    try:
+        base = json.loads(metadata.get("settings", "{}")).get("base")
+    except (ValueError, AttributeError):  # somebody else's settings
+        base = None
+    if not isinstance(base, list):
+        return True
+
+    ours = fingerprint(sd, without=weights.keys())
+    pairs = zip(base, ours)
+    return len(base) == len(ours) and all(
+        math.isclose(a, b, rel_tol=0.01, abs_tol=1e-4) for a, b in pairs  # half precision
+    )
 
 
 # ---- files
@@ -607,10 +618,10 @@ def check_out(path: Path, suffix: str, new: bool = False) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """Returns what an error says in one line of at most 400 characters, cut in the middle."""
+    """Returns what an error says in one line of at most 500 characters, cut in the middle."""
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     text = " ".join(f"{kind}{error}".split())
-    return text if len(text) <= 400 else f"{text[:195]} ... {text[-200:]}"
+    return text if len(text) <= 500 else f"{text[:195]} ... {text[-300:]}"
 
 
 def ran_out_of_memory(error: Exception) -> bool:

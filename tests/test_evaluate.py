@@ -27,7 +27,7 @@ from notebooks.methods import (
     uce,
 )
 from notebooks.toy import contenders, cost, evaluate, measure, robust, tables, world
-from support import commands
+from support import commands, small
 
 CELLS = {name: evaluate.cells(name) for name in evaluate.EXPERIMENTS}
 ALL_CELLS = [cell for cells in CELLS.values() for cell in cells]
@@ -624,6 +624,18 @@ def test_the_u_net_calls_that_are_counted(sd, source):
 
     assert found.seconds > 0
     assert not sd.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("by_frozen", [False, True])
+def test_x_t_are_drawn_by_the_model_that_a_source_names(by_frozen):
+    edited = small.FakeUNet()
+    frozen = small.FakeUNet()
+    texts = [erase.Text(*[torch.zeros(1, 1, 1)] * 3)]
+    data = cost.Source(8, by_frozen=by_frozen).data(frozen)
+    batches = data(edited, texts, (1, 1, 1, 1), Generator().manual_seed(0))
+    assert [*itertools.islice(batches, 5)]
+    assert bool(frozen.calls) == by_frozen
+    assert bool(edited.calls) != by_frozen
 
 
 @pytest.mark.parametrize("by_frozen", [False, True])

@@ -108,7 +108,7 @@ def targets(folder, sd, tmp_path_factory):
     save_file(weights, root / "single.safetensors")
 
     theta = {name: tensor for name, tensor in sd.unet.state_dict().items() if "attn2" in name}
-    save_file(theta, root / "erased.safetensors", {"settings": "{}"})
+    erase.save(theta, root / "erased.safetensors", settings={}, sd=sd)
     torch.save(theta, root / "erased.pt")
     return root
 

@@ -584,6 +584,26 @@ def test_erased_weights_without_a_base_are_loaded_without_a_line(sd, tmp_path, c
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("settings", ["{", "[]", "3", '{"base": 3}', '{"base": ["x"]}'])
+def test_damaged_settings_of_erased_weights_are_no_traceback(settings, sd, tmp_path):
+    file = tmp_path / "damaged.safetensors"
+    save_file({"conv_in.bias": torch.zeros(32)}, file, {"settings": settings})
+    try:
+        sample.load_erased(sd, file)
+    except UsageError as error:
+        assert str(file) in str(error)
+
+
+def test_erased_weights_that_replace_others_are_loaded_with_a_line(sd, erased, capsys):
+    other = sample.with_weights(sd, {"conv_in.bias": torch.ones(32)})
+    loaded = sample.load_erased(other, erased)
+    assert loaded.unet.conv_in.bias.tolist() == [0.0] * 32
+    assert capsys.readouterr().err == f"{erased} replaces 1 weights edited before\n"
+
+    sample.load_erased(loaded, erased)  # the same weights again
+    assert capsys.readouterr().err == ""
+
+
 # ---- errors in one line
 
 
@@ -593,12 +613,12 @@ def test_one_line_keeps_the_beginning_and_the_end():
     assert line.startswith("it begins long ")
     assert line.endswith(" long and ends")
     assert " ... " in line
-    assert 350 < len(line) <= 400
+    assert 450 < len(line) <= 500
 
 
 def test_one_line_is_one_line():
     assert sample.one_line(ValueError("two\n  lines")) == "two lines"
-    assert sample.one_line(UsageError("x" * 400)) == "x" * 400
+    assert sample.one_line(UsageError("x" * 500)) == "x" * 500
     assert sample.one_line(KeyError("beta")) == "KeyError: 'beta'"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -146,7 +147,7 @@ def test_an_image_says_how_it_was_made(draw, folder):
         "negative": "a moon",
         "safe": "a circle",
         "sld": "medium",
-        "erased": None,
+        "erased": [],
         "model": str(folder),
     }
     assert settings | expected == settings
@@ -428,3 +429,10 @@ def test_an_image_is_drawn_again_from_the_text_that_a1111_writes(prompt, negativ
         size=tuple(map(int, settings["Size"].split("x"))),
     )
     assert again.tobytes() == image.tobytes()
+
+
+def test_as_a_script_it_says_how_to_run_it(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(table.__file__, run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: run it as python -m notebooks.tools.table\n"

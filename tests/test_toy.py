@@ -276,7 +276,7 @@ def test_the_settings_of_a_file_that_erase_wrote(folder, tmp_path):
         f"--model={folder}", "--iterations=1", f"--out={file}",
     )
     settings = measure.settings_of(file)
-    assert settings["name"] == "dots"
+    assert settings["names"] == ["dots"]
     assert settings["method"] == "esd-x"
     assert settings["iterations"] == 1
 
@@ -290,18 +290,77 @@ def test_the_settings_of_a_file_that_erase_wrote(folder, tmp_path):
     assert settings["every_step"] == of_data["every_step"]
 
 
-def test_a_file_that_erase_did_not_write_is_refused():
-    with pytest.raises(sample.UsageError, match="didn't write it"):
-        measure.settings_of(Path(TOY) / "judge" / "model.safetensors")
+@pytest.fixture
+def erased_file(tmp_path, toy):
+    """Writes erased weights with some settings in the metadata, or with other metadata."""
+
+    def write(settings=None, **metadata):
+        file = tmp_path / "erased.safetensors"
+        theta = {"conv_in.bias": toy.unet.conv_in.bias}
+        if settings is None:
+            save_file(theta, file, metadata)
+        else:
+            erase.save(theta, file, settings, toy)
+        return file
+
+    return write
 
 
-def test_files_of_several_concepts_are_refused(tmp_path):
-    file = tmp_path / "two.safetensors"
-    sd = sample.load(TOY)
-    theta = {"conv_in.bias": sd.unet.conv_in.bias}
-    erase.save(theta, file, {"concepts": ["star", "heart"]}, sd)
-    with pytest.raises(sample.UsageError, match="not one object or one style"):
+def test_the_official_codes_metadata(erased_file):
+    file = erased_file(erase_concept="star, a red heart", train_method="esd-x")
+    settings = measure.settings_of(file)
+    assert settings["names"] == ["star", "heart"]
+    assert settings["method"] == "esd-x"
+
+
+@pytest.mark.parametrize(
+    "settings, metadata",
+    [
+        (None, {}),
+        (None, {"format": "pt"}),
+        (None, {"train_method": "esd-x"}),
+        (None, {"erase_concept": ""}),
+        ({"method": "esd-x"}, {}),
+        ({"concepts": []}, {}),
+    ],
+)
+def test_a_file_that_does_not_say_what_it_erases(erased_file, capsys, settings, metadata):
+    """A line says what to add, before a model draws anything; with that, it is measured."""
+    file = erased_file(settings, **metadata)
+    line = commands.refusal(capsys, measure.main, "erased", file)
+    assert line.endswith("erased.safetensors doesn't say what it erases: add --concept NAME")
+    assert measure.settings_of(file, ["star"])["names"] == ["star"]
+
+
+def test_a_file_made_from_an_erased_model(erased_file):
+    """It says what was erased last, and only the path of what was erased before."""
+    file = erased_file({"concepts": ["heart"], "erased": ["star.safetensors"]})
+    with pytest.raises(sample.UsageError, match="name all that is erased, with --concept"):
         measure.settings_of(file)
+    assert measure.settings_of(file, ["star", "heart"])["names"] == ["star", "heart"]
+
+
+@pytest.mark.parametrize("concept", ["hexagon", "a star in the style of dots", "plain", ""])
+def test_a_concept_that_the_judge_cannot_tell_is_refused(erased_file, concept):
+    file = erased_file({"concepts": [concept]})
+    with pytest.raises(sample.UsageError, match="isn't one object or one style"):
+        measure.settings_of(file)
+
+
+def test_the_command_prints_a_row_for_each_concept(erased_file, monkeypatch, capsys):
+    """With empty cells for the settings that a file of others doesn't have."""
+    monkeypatch.setattr(measure, "all_answers", lambda sampler, judge: answers())
+    file = erased_file(train_method="esd-u")
+    commands.run(measure.main, "erased", file, "--concept", "star", "heart")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row[:30] for row in rows] == [
+        "| erased | star |  |  |  |  | ",
+        "| erased | heart |  |  |  |  |",
+    ]
+
+    erased_file({"concepts": "star", "seed": 0, "eta": 0.5})
+    commands.run(measure.main, "erased", file)
+    assert "| star |  | 0.5 | 0 |  | 100.0 |" in capsys.readouterr().out
 
 
 def test_a_judge_of_other_shapes_is_refused(tmp_path):
@@ -326,7 +385,7 @@ def answers(seen_as=lambda wanted: wanted):
 
 def test_the_row_of_an_erasure():
     """Of the erased object one of two is left; half of the circles and all neon are lost."""
-    settings = {"name": "star", "method": "esd-x", "eta": 0.5, "seed": 3, "iterations": 7}
+    settings = {"names": ["star"], "method": "esd-x", "eta": 0.5, "seed": 3, "iterations": 7}
     stars = iter(["star", "moon"] + 10 * ["star"] + 12 * ["moon"])  # bare, styled, coloured
 
     def seen_as(wanted):
@@ -336,13 +395,34 @@ def test_the_row_of_an_erasure():
 
     after = answers(seen_as)
     after.object[0].seen["object"] = "square"  # world.OBJECTS begins with the circle
-    row = measure.erased_row(Path("a.safetensors"), answers(), after, settings)
+    row = measure.erased_row(Path("a.safetensors"), answers(), after, settings, "star")
     kept_objects = (8 + 0.5) / 9
     kept_styles = 4 / 5  # "a square" that comes as a mosaic costs none
     assert row == (
         "| a | star | esd-x | 0.5 | 3 | 7 | 100.0 | 50.0 | 45.5 "
         f"| {100 * kept_objects:.1f} | {100 * kept_styles:.1f} | 100.0 | neon 0.0 | 1 moon |"
     )
+
+
+def test_the_rows_of_two_concepts_erased_together():
+    """Neither counts among what is kept, nor do the styles and colours of either."""
+    settings = {"names": ["star", "heart"]}
+
+    def seen_as(wanted):
+        lost = {"object": "moon", "style": None, "colour": None}
+        if wanted["object"] == "star":
+            return lost
+        return lost | {"object": "heart"} if wanted["object"] == "heart" else wanted
+
+    after = answers(seen_as)
+    rows = []
+    for concept in settings["names"]:
+        rows.append(measure.erased_row(Path("a"), answers(), after, settings, concept))
+    kept = "100.0 | 100.0 | 100.0 | circle 100.0"
+    assert rows == [
+        f"| a | star |  |  |  |  | 100.0 | 0.0 | 0.0 | {kept} | 2 moon |",
+        f"| a | heart |  |  |  |  | 100.0 | 100.0 | 100.0 | {kept} |  |",
+    ]
 
 
 def test_labels_of_nothing_are_the_last_class():

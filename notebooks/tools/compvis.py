@@ -117,19 +117,23 @@ def vae_modules(config: vae.VAEConfig) -> dict[str, str]:
         names[f"{half}.conv_in"] = f"{half}.conv_in"
         names[f"{half}.norm_out"] = f"{half}.conv_norm_out"
         names[f"{half}.conv_out"] = f"{half}.conv_out"
-        names |= inside(f"{half}.mid.block_1", f"{half}.mid_block.resnets.0", VAE_RESNET)
-        names |= inside(f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0", VAE_ATTENTION)
-        names |= inside(f"{half}.mid.block_2", f"{half}.mid_block.resnets.1", VAE_RESNET)
+        theirs = f"{half}.mid"
+        ours = f"{half}.mid_block"
+        names |= inside(f"{theirs}.block_1", f"{ours}.resnets.0", VAE_RESNET)
+        names |= inside(f"{theirs}.attn_1", f"{ours}.attentions.0", VAE_ATTENTION)
+        names |= inside(f"{theirs}.block_2", f"{ours}.resnets.1", VAE_RESNET)
 
     for level in range(coarsest + 1):
-        theirs, ours = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
+        theirs = f"encoder.down.{level}"
+        ours = f"encoder.down_blocks.{level}"
         for i in range(config.layers_per_block):
             names |= inside(f"{theirs}.block.{i}", f"{ours}.resnets.{i}", VAE_RESNET)
         if level < coarsest:
             names[f"{theirs}.downsample.conv"] = f"{ours}.downsamplers.0.conv"
 
     for level in range(coarsest + 1):
-        theirs, ours = f"decoder.up.{coarsest - level}", f"decoder.up_blocks.{level}"
+        theirs = f"decoder.up.{coarsest - level}"
+        ours = f"decoder.up_blocks.{level}"
         for i in range(config.layers_per_block + 1):
             names |= inside(f"{theirs}.block.{i}", f"{ours}.resnets.{i}", VAE_RESNET)
         if level < coarsest:

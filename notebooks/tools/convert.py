@@ -76,8 +76,10 @@ INERT = [  # found in published checkpoints
     (Inert, "numpy._core.multiarray.scalar"),
     (Inert, "numpy.dtype"),
 ]
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys of the dict that holds the tensors
-WRAPPING_MODULES = {"module", "_orig_mod"}  # DataParallel's and torch.compile's, in names
+
+# keys of the dict that holds the tensors, and DataParallel's and torch.compile's part of a name
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+WRAPPING_MODULES = {"module", "_orig_mod"}
 
 
 def unpickle(file: Path) -> dict:
@@ -104,7 +106,9 @@ def flatten(content: dict) -> dict[str, Tensor]:
             tensors[str(name)] = value
         elif isinstance(value, dict):
             inner = {f"{name}.{key}": tensor for key, tensor in value.items()}
-            tensors |= {key: inner[key] for key in inner if isinstance(inner[key], Tensor)}
+            tensors |= {
+                key: inner[key] for key in inner if isinstance(inner[key], Tensor)
+            }
     return tensors
 
 
@@ -131,13 +135,17 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             tensors = flatten(unwrap(unpickle(file)))
         if "modelspec.prediction_type" in metadata:
-            sample.check_schedule({"prediction_type": metadata["modelspec.prediction_type"]})
+            sample.check_schedule(
+                {"prediction_type": metadata["modelspec.prediction_type"]}
+            )
     except Exception as error:  # a damaged file can raise anything
         refused = re.search(r"GLOBAL \S+", str(error))  # by the restricted unpickler
         reason = sample.one_line(error)
         if refused:
             reason = f"{refused[0]}, look for a .safetensors of it"
-        raise UsageError(f"{file} can't be used; nothing in it ran: {reason}") from error
+        raise UsageError(
+            f"{file} can't be used; nothing in it ran: {reason}"
+        ) from error
 
     unwrapped = {without_wrapping_modules(name): tensors[name] for name in tensors}
     return unwrapped, metadata
@@ -183,7 +191,9 @@ def check_yaml(file: Path) -> None:
         sample.check_schedule({"prediction_type": prediction})
 
 
-def with_average(tensors: dict[str, Tensor], config: unet.UNetConfig) -> dict[str, Tensor]:
+def with_average(
+    tensors: dict[str, Tensor], config: unet.UNetConfig
+) -> dict[str, Tensor]:
     """Returns a file's tensors, the averaged U-Net in place of the last one.
 
     The average's names have no dots. Raises UsageError if one is missing.
@@ -208,7 +218,8 @@ def read_single(file: Path, configs: dict[str, Any], ema: bool) -> dict[str, Ten
 
     prefixes = tuple(compvis.PREFIXES.values())
     others = [name for name in tensors if not name.startswith(prefixes)]
-    found = {name: tensors[name] for name in others if "." in name}  # a schedule's have none
+    dotted = [name for name in others if "." in name]  # a schedule's aren't
+    found = {name: tensors[name] for name in dotted}
     for part, prefix in compvis.PREFIXES.items():
         found |= renamed(part, with_prefix(tensors, prefix), configs[part])
     return found
@@ -217,7 +228,9 @@ def read_single(file: Path, configs: dict[str, Any], ema: bool) -> dict[str, Ten
 def read_vae(file: Path, config: vae.VAEConfig) -> dict[str, Tensor]:
     """Returns the tensors of a VAE, as vae.NAME, alone in a file or in a whole checkpoint."""
     tensors, _ = read_file(file)
-    return renamed("vae", with_prefix(tensors, compvis.PREFIXES["vae"]) or tensors, config)
+    return renamed(
+        "vae", with_prefix(tensors, compvis.PREFIXES["vae"]) or tensors, config
+    )
 
 
 # ---- a whole model
@@ -263,7 +276,11 @@ def load_tokenizer(name: str) -> Callable:
 def check_parts(sd: sample.StableDiffusion, tokenizer: str) -> None:
     """Raises UsageError where parts of two models, or another's tokenizer, came together."""
     text, latent = sd.text_encoder.config, sd.vae.config.latent_channels
-    expected = text.vocab_size, sd.unet.config.cross_attention_dim, sd.unet.config.in_channels
+    expected = (
+        text.vocab_size,
+        sd.unet.config.cross_attention_dim,
+        sd.unet.config.in_channels,
+    )
     if (len(sd.tokenizer), text.hidden_size, latent) != expected:
         raise UsageError(f"its parts and --tokenizer {tokenizer} aren't of one model")
 
@@ -284,14 +301,18 @@ def read_model(
     path = Path(source) if Path(source).exists() else download(str(source))
     if path.is_dir():
         if ema or configs is not SD_V1:
-            raise UsageError("a folder has one U-Net, and its sizes: no --ema, no --model")
+            raise UsageError(
+                "a folder has one U-Net, and its sizes: no --ema, no --model"
+            )
         configs = sample.read_configs(path)
         tensors = read_folder(path, configs)
     else:
         tensors = read_single(path, configs, ema)
 
     if vae_file:
-        tensors = {name: tensors[name] for name in tensors if not name.startswith("vae.")}
+        tensors = {
+            name: tensors[name] for name in tensors if not name.startswith("vae.")
+        }
         tensors |= read_vae(vae_file, configs["vae"])
     with torch.device("meta"):  # takes no memory
         parts = {name: part.model(configs[name]) for name, part in sample.PARTS.items()}
@@ -334,11 +355,15 @@ def check_unet(tensors: dict[str, Tensor], config: unet.UNetConfig) -> None:
     expected = whole.state_dict()
     unknown = [name for name in tensors if name not in expected]
     if unknown or not tensors:
-        raise UsageError(f"it has {len(tensors)} tensors, not the U-Net's: {unknown[:3]}")
+        raise UsageError(
+            f"it has {len(tensors)} tensors, not the U-Net's: {unknown[:3]}"
+        )
     sample.assign_tensors(whole, expected | tensors, "it")
 
 
-def convert_erased(source: Path, out: Path, config: unet.UNetConfig = SD_V1["unet"]) -> None:
+def convert_erased(
+    source: Path, out: Path, config: unet.UNetConfig = SD_V1["unet"]
+) -> None:
     """Writes erased weights as a file that sample.load_erased reads; metadata are kept.
 
     config: the sizes of the U-Net that they are of. Raises UsageError.
@@ -358,7 +383,9 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise UsageError(f"{args.out} exists; delete it or choose another --out")
     if args.erased and (args.ema or args.vae or args.tokenizer):
-        raise UsageError("--ema, --vae and --tokenizer are for whole models, not for --erased")
+        raise UsageError(
+            "--ema, --vae and --tokenizer are for whole models, not for --erased"
+        )
 
     configs = SD_V1
     if args.model:
@@ -381,7 +408,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    flags = argparse.ArgumentParser(description="Converts weights into the form that is read here.")
+    flags = argparse.ArgumentParser(
+        description="Converts weights into the form that is read here."
+    )
     add = flags.add_argument
     add("source", help="a file, a folder, or a hub name")
     add("--erased", action="store_true", help="the source is erased weights, not a model")

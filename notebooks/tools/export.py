@@ -78,7 +78,7 @@ def vae_json(config: vae.VAEConfig) -> dict:
 
 def text_json(config: clip_text.TextConfig) -> dict:
     """Returns the contents of `text_encoder/config.json`."""
-    end = config.vocab_size - 1  # CLIP's last two tokens are the start and the end of a text
+    end = config.vocab_size - 1  # the token before it is the start
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -123,7 +123,9 @@ def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(
+    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
     """Writes a safetensors file. Raises sample.UsageError where a tensor isn't finite."""
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise sample.UsageError(f"{file}: numbers aren't finite: nothing was written")
@@ -203,12 +205,14 @@ def low_rank(change: Tensor, error: float) -> tuple[Tensor, Tensor]:
     of its norm: the r largest singular values.
     """
     u, s, v = torch.linalg.svd(change, full_matrices=False)
-    left_out = s.square().flip(0).cumsum(0).flip(0).sqrt() / s.norm()  # by rank 0, 1, ...
-    rank = max(1, int((left_out > error).sum()))
+    lost = s.square().flip(0).cumsum(0).flip(0).sqrt() / s.norm()  # by rank 0, 1, ...
+    rank = max(1, int((lost > error).sum()))
     return u[:, :rank] * s[:rank], v[:rank]
 
 
-def lora(frozen: nn.Module, theta: dict[str, Tensor], error: float) -> dict[str, Tensor]:
+def lora(
+    frozen: nn.Module, theta: dict[str, Tensor], error: float
+) -> dict[str, Tensor]:
     """Returns theta - theta*, layer by layer, in kohya's form, which has no biases and norms.
 
     All layers get the same rank, filled up with zeros: diffusers 0.42 scales others wrongly.
@@ -222,7 +226,9 @@ def lora(frozen: nn.Module, theta: dict[str, Tensor], error: float) -> dict[str,
             if change.any():
                 factors[name] = low_rank(change, error)
     if not factors:
-        raise sample.UsageError("no weight matrix was changed, and a LoRA holds nothing else")
+        raise sample.UsageError(
+            "no weight matrix was changed, and a LoRA holds nothing else"
+        )
 
     rank = max(len(down) for _, down in factors.values())
     tensors = {}
@@ -231,8 +237,10 @@ def lora(frozen: nn.Module, theta: dict[str, Tensor], error: float) -> dict[str,
         down = F.pad(down, (0, 0, 0, rank - len(down)))  # (rank, in)
         kernel = (1,) * (theta[name].ndim - 2)  # of a convolution
         layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        tensors[f"{layer}.lora_up.weight"] = up.view(*up.shape, *kernel).half()
-        tensors[f"{layer}.lora_down.weight"] = down.view(rank, *theta[name].shape[1:]).half()
+        up = up.view(*up.shape, *kernel)
+        tensors[f"{layer}.lora_up.weight"] = up.half()
+        down = down.view(rank, *theta[name].shape[1:])
+        tensors[f"{layer}.lora_down.weight"] = down.half()
         tensors[f"{layer}.alpha"] = torch.tensor(float(rank))
     return tensors
 
@@ -245,11 +253,15 @@ def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.half() for name, tensor in tensors.items()}
 
 
-def print_summary(tensors: dict[str, Tensor], frozen: nn.Module, theta: dict[str, Tensor]) -> None:
+def print_summary(
+    tensors: dict[str, Tensor], frozen: nn.Module, theta: dict[str, Tensor]
+) -> None:
     """Prints the rank of a LoRA and how many changed tensors it leaves out."""
     before = frozen.state_dict()
     changed = [name for name in theta if not torch.equal(theta[name], before[name])]
-    alphas = [int(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")]
+    alphas = [
+        int(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")
+    ]
     left_out = len(changed) - len(alphas)
     print(
         f"rank {alphas[0]}; {left_out} biases and norms that changed too have no place in a LoRA"

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,10 @@ from typing import Callable, NamedTuple
 import torch
 from PIL import Image
 from tqdm import tqdm
+
+if not __package__:  # then Python wouldn't find our files
+    print("error: run it as python -m notebooks.tools.table", file=sys.stderr)
+    sys.exit(2)
 
 import ddim
 import sample
@@ -269,8 +274,8 @@ def run(args: argparse.Namespace) -> None:
 
     sd = sample.load(args.model, args.device, args.dtype)
     check_sizes(sd, rows, args.table)
-    if args.erased:
-        sd = sample.load_erased(sd, args.erased)
+    for file in args.erased:
+        sd = sample.load_erased(sd, file)
 
     args.out.mkdir(parents=True, exist_ok=True)
     share = rows[process.rank :: process.count]
@@ -294,7 +299,8 @@ def main() -> None:
     add("--steps", type=int, default=50, help="DDIM steps")
     add("--device", default="auto", help="cpu, cuda, mps, ...; with torchrun, a GPU for each")
     add("--dtype", default="auto", help="float32, bfloat16 or float16; auto: float32 on the CPU")
-    add("--erased", type=Path, help="weights that erase.py wrote")
+    add("--erased", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
+        help="weights that erase.py wrote; of the same weight, the last file's counts")
     add("--num", type=int, default=1, help="images of each row")
     add("--guidance", type=float, default=7.5, help="guidance scale, for rows without their own")
     add("--size", type=int, help="pixels, for rows without their own; by default the model's")

@@ -1,7 +1,7 @@
 """Tables of how good the miniature is, and of what erasures did to it.
 
     python -m notebooks.toy.measure model --steps 10     # every kind of prompt
-    python -m notebooks.toy.measure erased star.safetensors --steps 10    # a row for each file
+    python -m notebooks.toy.measure erased star.safetensors --steps 10   # a row for each concept
 
 A share counts the images in which the judge sees what the prompt asks for.
 """
@@ -299,15 +299,15 @@ class Answers(NamedTuple):
     style: list[Look]  # "a star in the style of mosaic"
     colour: list[Look]  # "a red star"
 
-    def share(self, head: str, name: str, concept: str) -> float:
+    def share(self, head: str, name: str, erased: list[str]) -> float:
         """How often `name` is seen in the images that ask for it.
 
-        Those that ask for the erased concept too don't count, unless it is `name` itself.
+        Those that also ask for something else that was erased don't count.
         """
+        others = {*erased} - {name}
         hits = []
         for wanted, seen in getattr(self, head):
-            names_concept = concept in wanted.values()
-            if wanted[head] == name and (name == concept or not names_concept):
+            if wanted[head] == name and others.isdisjoint(wanted.values()):
                 hits.append(seen[head] == name)
         return np.mean(hits)
 
@@ -328,26 +328,38 @@ def all_answers(sampler: Sampler, judge: Judge) -> Answers:
     return Answers(*answers)
 
 
-def saved_settings(file: Path) -> dict:
-    """Returns the settings with which erase.py made a file. Raises UsageError for other files."""
-    _, metadata = sample.read_tensors(file)
-    if "settings" not in metadata:
-        raise UsageError(f"{file} doesn't say what was erased: erase.py didn't write it")
-    return json.loads(metadata["settings"])
-
-
-def settings_of(file: Path) -> dict:
-    """Returns a file's settings, with the world's name of what it erased.
-
-    Raises UsageError for a file that erase.py didn't make, and unless it erases one object or one
-    style.
-    """
-    settings = saved_settings(file)
-    words = " ".join(settings["concepts"]).split()
-    names = [name for name in world.OBJECTS + world.STYLES[1:] if name in words]
+def name_of(concept: str) -> str:
+    """Returns the world's name of what a prompt erases. Raises UsageError if that isn't one."""
+    names = [name for name in world.OBJECTS + world.STYLES[1:] if name in concept.split()]
     if len(names) != 1:
-        raise UsageError(f"{file} erases {settings['concepts']}, not one object or one style")
-    return settings | {"name": names[0]}
+        raise UsageError(f"{concept!r} isn't one object or one style of the miniature")
+    return names[0]
+
+
+def settings_of(file: Path, concepts: list[str] | None = None) -> dict:
+    """Returns the settings saved in a file and, as `names`, the world's names of what it erases.
+
+    concepts: prompts to use instead of the file's own. Raises UsageError if they are needed: the
+    file has none, or it was made from an erased model, of which it has only the path.
+    """
+    _, metadata = sample.read_tensors(file)
+    settings = json.loads(metadata.get("settings", "{}"))
+    if metadata.get("erase_concept"):  # the official code's metadata
+        settings = {
+            "concepts": metadata["erase_concept"].split(", "),
+            "method": metadata.get("train_method", ""),
+        }
+
+    if not concepts and settings.get("erased"):
+        raise UsageError(
+            f"{file} was made from an erased model: name all that is erased, with --concept"
+        )
+    concepts = concepts or settings.get("concepts")
+    if not concepts:
+        raise UsageError(f"{file} doesn't say what it erases: add --concept NAME")
+    if isinstance(concepts, str):
+        concepts = [concepts]
+    return settings | {"names": [name_of(concept) for concept in concepts]}
 
 
 NAMES = {  # that prompts ask for by each head; no words ask for plain
@@ -375,55 +387,65 @@ def seen_instead(after: Answers, head: str, concept: str) -> str:
     return ", ".join(f"{count} {name}" for name, count in instead.most_common(3))
 
 
-def erased_row(file: Path, before: Answers, after: Answers, settings: dict) -> str:
-    """Returns what is left of the concept, what is kept of the rest, and what is drawn instead.
+def erased_row(
+    file: Path, before: Answers, after: Answers, settings: dict, concept: str
+) -> str:
+    """Returns what is left of a concept, what is kept of the rest, and what is drawn instead.
 
     An erased object is counted a second time where a style or a colour is asked for, too.
+    Settings that the file doesn't have are empty cells.
     """
-    concept = settings["name"]
+    erased = settings["names"]
     kept = {}
     means = []
     for head, names in NAMES.items():
         of_head = {}
         for name in names:
-            if name != concept:
-                of_head[name] = after.share(head, name, concept) / before.share(head, name, concept)
+            if name not in erased:
+                of_head[name] = after.share(head, name, erased) / before.share(head, name, erased)
         kept |= of_head
         means.append(percent(np.mean([*of_head.values()])))
     worst = min(kept, key=kept.get)
 
     head = "object" if concept in world.OBJECTS else "style"
+    eta = settings.get("eta", "")
     cells = [
         file.stem,
         concept,
-        settings["method"],
-        f"{settings['eta']:g}",
-        str(settings["seed"]),
-        str(settings["iterations"]),
-        percent(before.share(head, concept, concept)),
-        percent(after.share(head, concept, concept)),
+        settings.get("method", ""),
+        f"{eta:g}" if eta != "" else "",
+        settings.get("seed", ""),
+        settings.get("iterations", ""),
+        percent(before.share(head, concept, erased)),
+        percent(after.share(head, concept, erased)),
         left_in_contexts(after, concept),
         *means,
         f"{worst} {percent(kept[worst])}",
         seen_instead(after, head, concept),
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def erased_table(sampler: Sampler, judge: Judge, files: list[Path]) -> None:
-    """Prints a row for each file; what is kept is in % of what there was before."""
+def erased_table(
+    sampler: Sampler, judge: Judge, files: list[Path], concepts: list[str]
+) -> None:
+    """Prints a row for each concept of each file; what is kept is in % of what there was before.
+
+    concepts: what all files erase, if they don't say it.
+    """
+    settings = [settings_of(file, concepts) for file in files]
     print(
         "| file | erased | method | eta | seed | iterations | before, % | left, % "
         "| left in styles and colours, % | objects kept, % | styles kept, % | colours kept, % "
         "| worst of all | most seen in its place, images |\n"
         f"|{'---|' * 14}"
     )
-    settings = [settings_of(file) for file in files]
     models = [sample.load_erased(sampler.sd, file) for file in files]
     before = all_answers(sampler, judge)
     for file, sd, made_with in zip(files, models, settings):
         after = all_answers(sampler._replace(sd=sd), judge)
-        print(erased_row(file, before, after, made_with), flush=True)
+        for concept in made_with["names"]:
+            print(erased_row(file, before, after, made_with, concept), flush=True)
 
 
 # ---- the command line
@@ -435,7 +457,7 @@ def run(args: argparse.Namespace) -> None:
     sd = sample.load(args.model)
     sampler = Sampler(sd, args.steps, guidance=args.guidance, seed=args.seed)
     if args.what == "erased":
-        erased_table(sampler, judge, args.files)
+        erased_table(sampler, judge, args.files, args.concept)
     else:
         judge_table(judge, args.seed)
         prompt_table(sampler, judge)
@@ -452,6 +474,8 @@ def main() -> None:
     add = parser.add_argument
     add("what", choices=["model", "erased"], help="what is measured")
     add("files", nargs="*", type=Path, metavar="FILE", help="erased weights that erase.py wrote")
+    add("--concept", nargs="+", action="extend", metavar="NAME",
+        help="all that the files erase, if they don't say it")
     add("--model", type=Path, default=Path("notebooks/toy"), help="the miniature, with its judge")
     add("--steps", type=int, default=20, help="DDIM steps")
     add("--guidance", type=float, default=5.0, help="guidance scale")

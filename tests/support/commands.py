@@ -27,7 +27,7 @@ def refusal(capsys, main: Callable, *arguments) -> str:
 
     line, = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
-    assert len(line) <= 420
+    assert len(line) <= 520
     return line
 
 
