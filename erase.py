@@ -36,7 +36,7 @@ METHODS: dict[str, Callable[[str], bool]] = {  # which weights are tuned (sectio
     "esd-u": lambda name: "attn2" not in name
     and not name.startswith(("time_embedding.", "conv_norm_out.", "conv_out.")),
 }
-SCALE = 2.0**12  # of the loss in backward(), so that no float16 gradient rounds to 0
+SCALE = 2.0**12  # of the loss in backward(): fewer float16 gradients round to 0
 SAVE_EVERY = 50  # iterations between two checkpoints
 
 
@@ -87,9 +87,9 @@ def x_t_from_model(
 ) -> Iterator[Batch]:
     """Yields x_t that a model, in the paper eps_theta, denoised to a random t (section 4).
 
-    Each trajectory is for a random concept, and a batch shares it and t. every_step:
-    yields every x_t of a trajectory, not just one. That is cheaper, and the next x_t is
-    drawn with the theta that was updated in between, since `denoise` is lazy.
+    Each trajectory is for one random concept; all x_t in a batch share it and t.
+    every_step: yields every x_t of a trajectory, not just one. That is cheaper, and
+    each comes from the theta that was just updated, since `denoise` is lazy.
     """
     while True:
         text = texts[torch.randint(len(texts), (1,), generator=rng).item()]
@@ -231,9 +231,10 @@ def texts_for(sd: StableDiffusion, concepts: list | dict | Tensor, batch: int) -
 
 
 def setting_to_text(value: object) -> str:
-    """Returns a text to compare settings by: of a function, its code and what is bound.
+    """Returns what two runs' settings are compared by; for a function, its source.
 
-    It can't see what else a function refers to: a closure's variables, other functions.
+    It can't see what else a function refers to (a closure's variables, other functions),
+    nor a module's weights.
     """
     if isinstance(value, functools.partial):
         bound = {name: setting_to_text(each) for name, each in value.keywords.items()}
@@ -274,11 +275,10 @@ def load_checkpoint(path: Path, settings: dict[str, str], theta: dict[str, Tenso
     except Exception as error:  # a damaged file can raise anything
         raise UsageError(f"{path} is damaged, delete it: {error}") from error
     for name, value in settings.items():
-        saved = state["settings"].get(name)
+        saved = state["settings"].get(name, "")
         if saved != value:
-            raise UsageError(
-                f"{path} belongs to a run with a different {name}: {saved}, not {value}"
-            )
+            values = f": {saved}, not {value}" if len(saved + value) < 200 else ""
+            raise UsageError(f"{path} belongs to a run with a different {name}{values}")
 
     for name, tensor in theta.items():
         tensor.data.copy_(state["theta"][name])
@@ -304,12 +304,12 @@ def erase(
     data: called with (unet, texts, shape, rng); its other arguments are bound with
     partial.
     optimizer: called with (name, tensor) pairs and lr, as torch's are.
-    frozen: the U-Net whose eps is the target, if that isn't sd's.
+    frozen: the U-Net that the target is computed from; by default, sd's.
     on_step: called with (iteration, loss, theta) after each; stops the run by returning
     True.
-    checkpoint: a file to keep the run in, with a progress bar. If it exists, the run
-    continues: bit for bit, unless data yields several x_t of a trajectory; then it
-    starts a new one. Raises UsageError for invalid arguments, or others than its own.
+    checkpoint: a file that keeps the run, which then shows its progress. If it exists,
+    the run resumes from it: exactly, except that with every_step a new trajectory begins.
+    Raises UsageError for invalid arguments, or if the checkpoint has different ones.
     """
     if iterations < 0 or batch < 1 or not 0 <= lr < math.inf:
         raise UsageError(f"invalid: iterations {iterations}, batch {batch} or lr {lr}")
@@ -357,7 +357,7 @@ def to_float16(theta: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns theta as it is saved. Raises UsageError if float16 can't hold it."""
     tensors = {name: tensor.half().cpu() for name, tensor in theta.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UsageError("theta isn't finite, nothing was saved: lower --lr or --eta")
+        raise UsageError("float16 can't hold theta, nothing was saved: lower --lr or --eta")
     return tensors
 
 
@@ -381,13 +381,15 @@ def save(
 
 
 def find_function(flag: str, target: str) -> Callable:
-    """Returns what MODULE:FUNCTION names; a mistake in it keeps its traceback."""
+    """Returns what MODULE:FUNCTION names. Errors inside the module keep their traceback."""
     module_name, _, name = target.partition(":")
     if not module_name.replace(".", "_").isidentifier():
         raise UsageError(f"{flag} {target}: write MODULE:FUNCTION, such as erase:esd_loss")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # something that the module imports
         raise UsageError(f"{flag} {target}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise UsageError(f"{flag} {target}: {module_name} has no function {name!r}")
@@ -432,11 +434,11 @@ def check_flags(args: argparse.Namespace, checkpoint: Path) -> None:
 
 
 def plan(concepts: list[str], shown: list[str]) -> str:
-    """Returns what a run is about to do, in a line that shows words left unquoted."""
+    """Returns what a run does, each concept in quotes, so that a forgotten quote shows."""
     quoted = ", ".join(f'"{concept}"' for concept in concepts)
     count = "1 concept" if len(concepts) == 1 else f"{len(concepts)} concepts, together"
-    also = "".join(f', "{prompt}"' for prompt in shown)
-    return f"erasing {count}: {quoted}" + (f"; then drawing it{also}" if shown else "")
+    also = "".join(f', also for "{prompt}"' for prompt in shown)
+    return f"erasing {count}: {quoted}; then drawing before and after{also}"
 
 
 def draw_before_and_after(
@@ -466,7 +468,7 @@ def run(args: argparse.Namespace) -> None:
     loss_fn = bind(loss_fn, {"sd": sd})
     data = data_from_flags(args, sd)
     if checkpoint.exists() and not args.resume:
-        print(f"{checkpoint} is of an earlier run: starting anew, as --resume isn't given")
+        print(f"{checkpoint} is from an earlier run: starting anew, without --resume")
         checkpoint.unlink()
 
     concepts = args.concepts
@@ -483,7 +485,7 @@ def run(args: argparse.Namespace) -> None:
     sample.save_png(sheet, args.out.with_suffix(".png"), vars(args))
     checkpoint.unlink(missing_ok=True)
     count = sum(tensor.numel() for tensor in theta.values())
-    print(f"{count:,} parameters tuned: {args.out}, .png")
+    print(f"{count:,} parameters tuned: {args.out}, {args.out.with_suffix('.png')}")
 
 
 def main() -> None:
@@ -501,7 +503,7 @@ def main() -> None:
     add("--guidance", type=float, default=3.0, help="guidance scale for x_t")
     add("--anchor", metavar="PROMPT", help="what x_t is drawn for, if not for the concept")
     add("--image", type=Path, nargs="+", metavar="FILE", help="one image per concept, for x_t")
-    add("--show", nargs="+", default=[], metavar="PROMPT", help="more rows of the image")
+    add("--show", nargs="+", default=[], metavar="PROMPT", help="more prompts to draw")
     add("--resume", action="store_true", help="go on from the checkpoint next to --out")
     add("--out", type=Path, default=Path("erased.safetensors"), help="gets an image next to it")
     sample.fail_in_one_line(run, flags)

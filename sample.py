@@ -240,8 +240,9 @@ def contact_sheet(rows: list[tuple], least: int = 96) -> Image.Image:
     ASCII, and shortened to the width of the row, or of the image.
     """
     line, gap = 22, 4  # pixels: of a line of text, between images
-    width = rows[0][1][0].width
-    side = width * max(1, math.ceil(least / width))
+    _, first_images = rows[0]
+    image_width = first_images[0].width
+    side = image_width * max(1, math.ceil(least / image_width))
     columns = max(len(images) for _, images in rows)
     sheet_size = (gap + columns * (side + gap), len(rows) * (line + side + gap))
 
@@ -250,12 +251,13 @@ def contact_sheet(rows: list[tuple], least: int = 96) -> Image.Image:
     font = ImageFont.load_default(14)
     for i, (labels, images) in enumerate(rows):
         top = i * (line + side + gap)
-        width = side
+        label_width = side
         if isinstance(labels, str):
-            labels, width = [labels], sheet.width - 2 * gap
+            labels = [labels]
+            label_width = sheet.width - 2 * gap
         for j, label in enumerate(labels):
             left = gap + j * (side + gap)
-            text = shortened(label, width, font)
+            text = shortened(label, label_width, font)
             draw.text((left, top + 3), text, fill="black", font=font)
         for j, image in enumerate(images):
             left = gap + j * (side + gap)
@@ -305,11 +307,11 @@ def check_schedule(settings: dict) -> None:
 
 
 def check_sizes(config: Any, source: Path) -> None:
-    """Raises UsageError where a config that was read from a file has no sensible size."""
+    """Raises UsageError unless each size has its default's type and a plausible value."""
     for name, size in vars(config).items():
         largest = 100 if "layers" in name else 100_000  # else building it would never end
-        has_type = type(size) is type(getattr(type(config), name))  # of the default
-        if not has_type or not 0 <= np.max(size) <= largest:
+        default = getattr(type(config), name)
+        if type(size) is not type(default) or not 0 <= np.max(size) <= largest:
             raise UsageError(f"{source} has {name} = {size}")
 
 
@@ -332,7 +334,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_kind(folder: Path) -> None:
-    """Raises UsageError, which names it, for a model of another kind than SD v1."""
+    """Raises a UsageError that says what the model is, unless it may be SD v1."""
     index_file = folder / "model_index.json"
     unet_file = folder / "unet" / "config.json"
     kind = ""
@@ -345,7 +347,9 @@ def check_kind(folder: Path) -> None:
         elif config.get("in_channels") == 9:
             kind = "an inpainting model"
     elif index_file.is_file():
-        kind = str(read_json(index_file).get("_class_name")).removesuffix("Pipeline")
+        kind = str(read_json(index_file).get("_class_name", ""))
+        kind = kind.removesuffix("Pipeline").removeprefix("StableDiffusion")
+        kind = kind and f"StableDiffusion{kind}"
     if kind:
         raise UsageError(f"this is {kind}, not Stable Diffusion v1")
 
@@ -417,9 +421,9 @@ def download(name: str) -> Path:
     read_configs(folder)
 
     for choice in range(len(DIFFUSERS)):
-        for part, described in PARTS.items():
-            if not any((folder / part / file).exists() for file in described.files):
-                wanted.append(f"{part}/{described.files[choice]}")
+        for name_of_part, part in PARTS.items():
+            if not any((folder / name_of_part / file).exists() for file in part.files):
+                wanted.append(f"{name_of_part}/{part.files[choice]}")
         folder = Path(snapshot_download(name, allow_patterns=wanted))
     return folder
 
@@ -443,18 +447,18 @@ def check_parts(sd: StableDiffusion) -> None:
         (sd.vae.config.latent_channels, sd.unet.config.in_channels),
     ]
     if any(a != b for a, b in pairs):
-        raise UsageError(f"its parts aren't of one model: of these sizes, two differ: {pairs}")
+        raise UsageError(f"its parts aren't of one model: these should be pairs: {pairs}")
 
 
 def convert_hint(source: str | Path, out: str = "", *flags: str) -> str:
-    """Returns what to type where weights are in another form than the one that is read here."""
+    """Returns the command that converts weights in another format."""
     out = out or f"{Path(source).stem}-converted"
     words = ["python", "-m", "notebooks.tools.convert", str(source), *flags, "--out", out]
     return f"convert it: {shlex.join(words)}"
 
 
 def choose_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
-    """Replaces "auto": the accelerator, if there is one; half precision on it, if it has that."""
+    """Replaces "auto": the accelerator, if there is one, and half precision on it."""
     if device.isdigit():
         device = f"cuda:{device}"
     if device == "auto":
@@ -492,7 +496,7 @@ def load(
 
         leftover = assign_tensors(parts, read_weights(folder, configs, model), folder)
         parts.to(*choose_device(device, dtype))
-        sd = StableDiffusion(*parts.values(), load_tokenizer(folder))
+        sd = StableDiffusion(**parts, tokenizer=load_tokenizer(folder))
         check_parts(sd)
     except Exception as error:  # damaged files and missing devices can raise anything
         raise UsageError(f"can't load {model}: {place}{one_line(error)}") from error
@@ -534,7 +538,7 @@ def with_weights(
 
 
 def fingerprint(sd: StableDiffusion, without: Iterable[str] = ()) -> list[float]:
-    """Returns the first number of each of the U-Net's tensors but some, in order of their names.
+    """Returns the first number of each U-Net tensor not in `without`, in order of names.
 
     It tells models apart, and loading one in half precision hardly changes it.
     """
@@ -546,7 +550,7 @@ def fingerprint(sd: StableDiffusion, without: Iterable[str] = ()) -> list[float]
 def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
     """Returns the model with the weights of a file that erase.py wrote, or the official code.
 
-    Says so in a line if the file was made from another model, or if it replaces weights
+    Prints a line if the file was made from another model, or if it replaces weights
     that were edited before. Raises UsageError; for other published forms, it ends with
     the command that converts them.
     """
@@ -587,12 +591,12 @@ def is_base(sd: StableDiffusion, weights: dict[str, Tensor], metadata: dict[str,
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` make a file next to `path`, then moves it there, so it is never half-written."""
-    part = path.with_name(f"{path.name}.part")
+    unfinished = path.with_name(f"{path.name}.part")
     try:
-        write(part)
-        part.replace(path)
+        write(unfinished)
+        unfinished.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def save_png(image: Image.Image, path: Path, settings: dict, **texts: str) -> None:
@@ -631,7 +635,7 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def read_flags(file: Path) -> list[str]:
-    """Returns the words of a flags file. Paths in it are relative to its own folder."""
+    """Returns the words of a flags file. --name=PATH may be relative to the file's folder."""
     words = []
     for word in shlex.split(file.read_text()):
         name, equals, value = word.partition("=")

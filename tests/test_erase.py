@@ -683,7 +683,7 @@ def test_a_checkpoint_of_another_run_is_refused(changed, sd, tmp_path, monkeypat
     with pytest.raises(InterruptedError):
         erase.erase(sd, on_step=interrupted_at(2), **settings)
     name = next(iter(changed)).removesuffix("_fn")
-    with pytest.raises(UsageError, match=f"belongs to a run with a different {name}: "):
+    with pytest.raises(UsageError, match=f"belongs to a run with a different {name}"):
         erase.erase(sd, **settings | changed)
 
 
@@ -691,7 +691,7 @@ def test_a_checkpoint_of_another_model_is_refused(sd, tmp_path):
     settings = {"concepts": ["star"], **QUICK, "checkpoint": tmp_path / "run.checkpoint"}
     erase.erase(sd, **settings)
     other = sample.with_weights(sd, {"conv_in.weight": sd.unet.conv_in.weight + 1})
-    with pytest.raises(UsageError, match="a run with a different model: "):
+    with pytest.raises(UsageError, match="a run with a different model"):
         erase.erase(other, **settings)
 
 
@@ -758,7 +758,7 @@ def test_an_interrupted_write_leaves_the_old_file(sd, tmp_path, monkeypatch):
     bias = torch.ones(32)
     erase.save({name: bias}, path, {}, sd)
     for beyond in (torch.nan, torch.inf, 1e6):  # float16 ends at 65504
-        with pytest.raises(UsageError, match="theta isn't finite, nothing was saved"):
+        with pytest.raises(UsageError, match="float16 can't hold theta, nothing was saved"):
             erase.save({name: bias * beyond}, path, {}, sd)
 
     def break_off(part, data):
@@ -835,9 +835,10 @@ def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch
     run_main(monkeypatch, "star", "--model", folder, "--iterations", 2, "--steps", 2, "--lr", 0.1,
              "--show", "a heart", "--out", out)
     plan, said = capsys.readouterr().out.strip().splitlines()
-    assert plan == 'erasing 1 concept: "star"; then drawing it, "a heart"'
+    assert plan == ('erasing 1 concept: "star"; then drawing before and after, '
+                    'also for "a heart"')
     sizes = sum(part.numel() for part in erase.trainable_copies(sd.unet, "esd-x").values())
-    assert said == f"{sizes:,} parameters tuned: {out}, .png"
+    assert said == f"{sizes:,} parameters tuned: {out}, {out.with_suffix('.png')}"
     assert [prompts for _, prompts, _ in drawn] == [["star"], ["star"], ["a heart"], ["a heart"]]
     assert all(len(images) == 4 for _, _, images in drawn)
     for model, _, _ in drawn[::2]:
@@ -911,14 +912,14 @@ def test_files_have_the_mode_that_the_user_chose(folder, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("words, plan", [
-    (["Van", "Gogh"], 'erasing 2 concepts, together: "Van", "Gogh"'),
-    (["star, heart"], 'erasing 1 concept: "star, heart"'),
+    (["Van", "Gogh"], 'erasing 2 concepts, together: "Van", "Gogh"; then drawing'),
+    (["star, heart"], 'erasing 1 concept: "star, heart"; then drawing'),
 ])
 def test_the_first_line_shows_words_that_were_not_quoted(words, plan, folder, tmp_path,
                                                          monkeypatch, capsys, no_images):
     run_main(monkeypatch, *words, "--model", folder, "--iterations", 0, "--steps", 1,
              "--out", tmp_path / "one.safetensors")
-    assert capsys.readouterr().out.splitlines()[0] == plan
+    assert capsys.readouterr().out.startswith(plan)
 
 
 def test_duplicates_are_refused(folder, tmp_path, monkeypatch, capsys):

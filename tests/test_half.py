@@ -1,6 +1,6 @@
 """What a GPU without bfloat16 does, such as a T4: a float16 model, and a scaled loss.
 
-    python -m pytest tests/test_half.py -m full_size    # 25 s on one core, 3 GB of memory
+    python -m pytest tests/test_half.py -m full_size    # 13 to 30 s on one core, 3 GB of memory
 """
 
 import math

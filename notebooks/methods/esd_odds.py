@@ -1,0 +1,60 @@
+"""ESD whose strength is the posterior odds of the concept: Eq. 6 with an eta for each x_t.
+
+    theta = erase.erase(sd, ["star"], loss_fn=partial(esd_odds.loss, prior=0.1))
+
+Our variation. Where eta is p_t(c|x_t) / (1 - p_t(c|x_t)), Eq. 6's target is the eps of a
+model that never saw the concept, to be drawn with guidance 1. As guidance: Koulischer et
+al., "Dynamic Negative Guidance", https://arxiv.org/abs/2410.14398. Symbols as in erase.py.
+"""
+
+from typing import Callable
+
+import torch
+from torch import Generator, Tensor
+
+import ddim
+import erase
+from erase import Text
+
+
+@torch.no_grad()
+def log_ratio(unet: Callable, x_t: Tensor, t: Tensor, c: Tensor, null: Tensor,
+              jumps: int) -> Tensor:
+    """Returns log p_t(x_t|c) / p_t(x_t), (B,), from the model's predictions alone.
+
+    Noise n, always the same, takes x_t in jumps from s = t to s' = 999, where it is 0. By
+    Bayes, the way back of each jump (DDPM, eq. 7 and 11) adds to it
+    (|n' - eps_null|^2 - |n' - eps_c|^2) (1 - alpha) / (2 alpha (1 - abar_s))
+    alpha = abar_s' / abar_s,  n' = n sqrt((1 - abar_s') / (1 - alpha))
+    """
+    abar = ddim.alphas_cumprod(x_t.device)
+    rng = Generator().manual_seed(0)
+    total = 0
+    for k in range(jumps):
+        s = t + (ddim.TRAIN_STEPS - 1 - t) * k // jumps
+        s_next = t + (ddim.TRAIN_STEPS - 1 - t) * (k + 1) // jumps
+        alpha = abar[s_next] / abar[s]
+        added = (1 - alpha).clamp(min=1e-9)  # the last jumps can be empty
+        noise = torch.randn(x_t.shape, generator=rng).to(x_t)
+        x_t = ddim.add_noise(x_t, noise, alpha)
+
+        scaled = ddim.per_sample((1 - abar[s_next]) / added, x_t).sqrt() * noise
+        error_null = (scaled - unet(x_t, s_next, null)).square()
+        error_c = (scaled - unet(x_t, s_next, c)).square()
+        gain = (error_null - error_c).sum(dim=(1, 2, 3))  # (B,)
+        total = total + gain * added / (2 * alpha * (1 - abar[s]))
+    return total
+
+
+def loss(
+    unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
+    eta: float = 1.0, prior: float = 0.1, largest: float = 3.0, jumps: int = 8,
+) -> Tensor:
+    """Returns `erase.esd_loss`, (B,), with eta times the odds, up to `largest`, as its eta.
+
+    prior: P(c), the concept's share of all images.
+    """
+    ratio = log_ratio(frozen, x_t, t, text.concept, null=text.null, jumps=jumps)
+    p = (prior * ratio.exp()).clamp(max=largest / (1 + largest))
+    odds = ddim.per_sample(p / (1 - p), x_t)
+    return erase.esd_loss(unet, frozen, x_t, t, text, eta * odds)

@@ -1,0 +1,39 @@
+"""ESD that keeps the empty prompt's prediction, so that guidance doesn't bring a concept back.
+
+    theta = erase.erase(sd, ["circle"], method="esd-u", loss_fn=keep_empty_prompt.loss)
+
+    python erase.py "circle" --method esd-u --loss notebooks.methods.keep_empty_prompt:loss
+
+Our variation. Eq. 6 says nothing of eps_theta(x_t, t), and ESD-u moves it, too: images are
+drawn with eps_null + g (eps_c - eps_null), in which the concept can come back as g grows.
+A step has two aims, so take half as many again: 240 for notebooks/toy/flags. What a prompt
+implies without its name isn't erased any better. Symbols as in erase.py.
+"""
+
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+import erase
+from erase import Text
+
+
+def loss(
+    unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
+    eta: float = 1.0, weight: float = 1.0,
+) -> Tensor:
+    """Returns (B,), the mean over each sample of
+
+    || eps_theta(x_t, c, t) - target ||^2
+        + weight || eps_theta(x_t, t) - eps_theta*(x_t, t) ||^2
+
+    with Eq. 6's target, whose eps_theta*(x_t, t) is used twice.
+    """
+    with torch.no_grad():
+        eps_null = frozen(x_t, t, text.null)
+        target = erase.esd_target(eps_null, frozen(x_t, t, text.concept), eta)
+
+    error = unet(x_t, t, text.concept) - target
+    drift = unet(x_t, t, text.null) - eps_null
+    return (error.square() + weight * drift.square()).mean(dim=(1, 2, 3))
