@@ -7,6 +7,8 @@ import os
 import pickletools
 import shlex
 import shutil
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -22,6 +24,8 @@ import sample
 from notebooks.tools import compvis, convert, export
 from support import commands, formats, hub
 from support.formats import equal, same_tensors
+
+pytestmark = pytest.mark.robustness
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 UNET_PREFIX = formats.PREFIX["unet"]
@@ -139,7 +143,12 @@ def test_a_folder_keeps_its_tokenizer(sd, folder, converted):
 def test_a_folder_without_a_part(folder, converted, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / UNET_FILE).unlink()
-    assert f"{copy / UNET_FILE} is missing, in every form" in refusal(converted, copy)
+    text = f"can't convert {copy}: {UNET_FILE} is missing, in every form"
+    assert refusal(converted, copy) == text
+
+    shutil.rmtree(copy / "vae")
+    text = f"can't convert {copy}: it has no vae/config.json; look for the whole model"
+    assert refusal(converted, copy) == text
 
 
 def test_a_folder_has_no_average(folder, configs, converted):
@@ -290,21 +299,48 @@ def renamed(ours, theirs, weights):
     return {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
 
 
-def a_lora(weights):
-    return {"lora_unet_down.lora_up.weight": torch.zeros(1)}
-
-
-@pytest.mark.parametrize("change", [
-    partial(renamed, "cond_stage_model.transformer.", "cond_stage_model.model."),  # SD 2
-    partial(renamed, "cond_stage_model.", "conditioner.embedders.0."),  # SDXL
-    a_lora,
+@pytest.mark.parametrize("ours, theirs, kind", [
+    ("cond_stage_model.transformer.", "cond_stage_model.model.", "Stable Diffusion 2"),
+    ("cond_stage_model.", "conditioner.embedders.0.", "SDXL"),
 ])
-def test_single_files_of_relatives(change, sd, converted, tmp_path):
-    save_file(change(formats.compvis_weights(sd)), tmp_path / "other")
+def test_single_files_of_relatives(ours, theirs, kind, sd, converted, tmp_path):
+    save_file(renamed(ours, theirs, formats.compvis_weights(sd)), tmp_path / "other")
     text = refusal(converted, tmp_path / "other")
-    assert "it doesn't fit Stable Diffusion v1, " in text
-    assert ": missing, expected " in text
+    assert text == f"can't convert {tmp_path}/other: this is {kind}, not Stable Diffusion v1"
     assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("without, says", [
+    (["vae"], "it holds a U-Net and a text encoder, but no VAE; add --vae FILE"),
+    (
+        ["text_encoder"],
+        "it holds a U-Net and a VAE, but no text encoder; look for the whole checkpoint",
+    ),
+    (
+        ["unet", "vae"],
+        "it holds a text encoder, but no U-Net, no VAE; look for the whole checkpoint",
+    ),
+])
+def test_a_checkpoint_without_a_part(without, says, sd, converted, tmp_path):
+    file = tmp_path / "part.safetensors"
+    prefixes = tuple(formats.PREFIX[part] for part in without)
+    weights = formats.compvis_weights(sd)
+    save_file({name: weights[name] for name in weights if not name.startswith(prefixes)}, file)
+    assert refusal(converted, file) == f"can't convert {file}: {says}"
+
+
+def test_a_checkpoint_without_a_vae_is_converted_with_one(sd, converted, tmp_path):
+    weights = formats.compvis_weights(sd)
+    no_vae = {name: weights[name] for name in weights if not name.startswith("first_stage")}
+    save_file(no_vae, tmp_path / "no-vae")
+    save_file(sd.vae.state_dict(), tmp_path / "vae")
+    assert equal(converted(tmp_path / "no-vae", vae_file=tmp_path / "vae"), sd)
+
+
+def test_a_lora_is_no_checkpoint(converted, tmp_path):
+    save_file({"lora_unet_down.lora_up.weight": torch.zeros(1)}, tmp_path / "lora")
+    text = "it holds 1 tensors: lora_unet_down.lora_up.weight, but no U-Net, no VAE, no text"
+    assert text in refusal(converted, tmp_path / "lora")
 
 
 def test_a_file_with_leftovers(sd, converted, tmp_path, capsys):
@@ -330,10 +366,19 @@ def test_an_inpainting_file(sd, converted, tmp_path):
     assert text in refusal(converted, tmp_path / "inpainting")
 
 
-def test_a_unet_alone_is_no_checkpoint(sd, converted, tmp_path):
-    save_file(sd.unet.state_dict(), tmp_path / "unet")
-    text = refusal(converted, tmp_path / "unet")
-    assert "it doesn't fit Stable Diffusion v1, " in text and ": missing, expected " in text
+@pytest.mark.parametrize("form", [
+    dict, formats.compvis_unet, formats.cross_attention, formats.nested
+])
+def test_erased_weights_without_erased(form, sd, converted, tmp_path):
+    """What people have is an erased U-Net, or a part of one, in any of its forms."""
+    weights = form(sd.unet.state_dict())
+    torch.save(weights, tmp_path / "erased.pt")
+    tensors, _ = convert.read_file(tmp_path / "erased.pt")
+    assert refusal(converted, tmp_path / "erased.pt") == (
+        f"can't convert {tmp_path}/erased.pt: it holds {len(tensors)} tensors of a U-Net, and "
+        "nothing else of a model; if they are erased weights, add --erased and end --out in "
+        ".safetensors"
+    )
 
 
 # ---- --vae and --tokenizer
@@ -376,7 +421,7 @@ def test_a_vae_of_another_size_is_named(other_vae, folder, converted, tmp_path):
     assert f"it, with {file}, doesn't fit" in text
     assert "1 tensors differ: vae.decoder.conv_out.bias: [5], expected [3]" in text
     file.unlink()
-    assert "FileNotFoundError" in refusal(converted, folder, vae_file=file)
+    assert f"{file} isn't a file" in refusal(converted, folder, vae_file=file)
 
 
 def test_a_tokenizer_is_looked_for_next_to_a_file(sd, checkpoint, configs, tmp_path):
@@ -610,7 +655,9 @@ def test_files_of_something_else(content, converted, converted_erased, tmp_path)
     file = tmp_path / "model.ckpt"
     file.write_bytes(content)
     for function in (converted, converted_erased):
-        assert f"{file} can't be used" in refusal(function, file)
+        text = refusal(function, file)
+        assert text.startswith(f"can't convert {file}: it can't be used; nothing in it ran: ")
+        assert text.count(str(file)) == 1
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -620,7 +667,7 @@ def test_truncated_checkpoints(share, zipped, sd, converted, tmp_path, monkeypat
     file = formats.write_ckpt(weights, tmp_path / "v1.ckpt", monkeypatch, zipped)
     data = file.read_bytes()
     file.write_bytes(data[: int(share * len(data))])
-    assert "v1.ckpt can't be used" in refusal(converted, file)
+    assert f"{file}: it can't be used; nothing in it ran: " in refusal(converted, file)
 
 
 def test_numbers_that_are_not_finite_are_refused(sd, folder, converted, tmp_path):
@@ -680,9 +727,10 @@ def test_the_commands_that_errors_end_in_work_as_typed(
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["nowhere"], "can't convert nowhere: "),
-    (["nowhere.pt", "--erased"], "can't convert nowhere.pt: "),
-    (["nowhere.ckpt", "--model", "no/model"], "no/model"),
+    (["nowhere"], "can't convert nowhere: no such file or folder here; on the hub: "),
+    (["models/sd/v1.ckpt"], "can't convert models/sd/v1.ckpt: no such file or folder here; on "),
+    (["nowhere.pt", "--erased"], "can't convert nowhere.pt: it isn't a file"),
+    (["nowhere.ckpt", "--model", "no/model"], "--model no/model isn't a folder"),
     (["nowhere.pt", "--erased", "--ema"], "--ema, --vae and --tokenizer are for whole models"),
     (["nowhere.pt", "--erased", "--out", "name"], "name isn't the name of a .safetensors file"),
 ])
@@ -690,6 +738,14 @@ def test_wrong_input_gets_one_line(flags, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert says in commands.refusal(capsys, convert.main, "--out", "out.safetensors", *flags)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["convert", "export"])
+def test_a_tool_started_by_its_path_says_how_to_start_it(name, tmp_path):
+    file = commands.ROOT / "notebooks" / "tools" / f"{name}.py"
+    ended = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and not ended.stdout
+    assert ended.stderr == f"error: run it as python -m notebooks.tools.{name}\n"
 
 
 @pytest.mark.parametrize("flags", [[], ["--erased"]])
@@ -749,7 +805,8 @@ def test_repositories_with_pickles(folder, sd, tmp_path):
         errors = server.run(tmp_path / "home", *lines)
     *blocks, rest = errors.split("exit status 2\n")
     assert len(blocks) == 2 and "exit status" not in rest and "Traceback" not in errors
-    assert "can't convert someone/single: FileNotFoundError" in blocks[0].splitlines()[-1]
+    text = "someone/single: no such file or folder here; on the hub: FileNotFoundError"
+    assert f"can't convert {text}" in blocks[0].splitlines()[-1]
     assert "prediction_type is v_prediction, not epsilon" in blocks[1].splitlines()[-1]
 
     assert equal(sample.load(tmp_path / "bin"), sd)

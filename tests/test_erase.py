@@ -591,6 +591,7 @@ def test_another_sampler_draws_x_t_and_gets_rng(sd):
     assert all(torch.equal(x_t, torch.randn(1, 4, 8, 8, generator=expected)) for x_t in found)
 
 
+@pytest.mark.robustness  # compiling takes seconds
 def test_a_compiled_unet_erases_saves_and_loads(sd, folder, tmp_path):
     """torch.compile puts _orig_mod. before every name. x_t is noise, so that little is compiled."""
     def noise(unet, texts, shape, rng):
@@ -951,6 +952,7 @@ def test_what_exists_is_not_overwritten(folder, tmp_path, monkeypatch, capsys):
         mine.unlink()
 
 
+@pytest.mark.robustness
 def test_an_interrupted_command_resumes_if_asked_to(folder, tmp_path, monkeypatch, capsys,
                                                     no_images):
     """8 iterations, kept after 2, 4, 6."""
@@ -992,6 +994,7 @@ def test_an_interrupted_command_resumes_if_asked_to(folder, tmp_path, monkeypatc
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
 
 
+@pytest.mark.robustness
 def test_interrupted_images_can_be_drawn_later(folder, tmp_path, monkeypatch):
     """The weights are saved before; until the image is there, the checkpoint stays."""
     command = ["star", "--model", folder, "--iterations", 2, "--steps", 2,

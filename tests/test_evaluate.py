@@ -883,6 +883,7 @@ def test_a_second_run_does_nothing_again(tmp_path, monkeypatch, capsys):
     assert made == ["paraphrase/moon/original"]
 
 
+@pytest.mark.robustness
 def test_two_processes_give_what_one_gives(tmp_path):
     setup = evaluate.Setup(Path("notebooks/toy"), tmp_path, num=2, iterations=2)
     original = contenders.model_named("original", "")

@@ -9,6 +9,8 @@ import pytest
 
 from notebooks import checks, grade
 
+pytestmark = pytest.mark.robustness
+
 NOTEBOOKS = Path(grade.__file__).parent
 NUMBERS = {name: exercise.number for name, exercise in checks.EXERCISES.items()}
 

@@ -1,17 +1,23 @@
 """notebooks/tools/export.py: erased models in the forms of other programs."""
 
 import json
+from dataclasses import replace
+from datetime import date
 from functools import partial
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
+import clip_text
 import erase
 import sample
 from notebooks.tools import convert, export
 from support import commands, formats, parity, small
+
+pytestmark = pytest.mark.robustness
 
 # ---- folders
 
@@ -48,6 +54,29 @@ def test_a_written_folder_is_the_same_model(sd, tmp_path):
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["unet"]
     with pytest.raises(sample.UsageError, match="saved exists; delete it or choose another"):
         export.write_folder(sd, tmp_path / "saved")
+
+
+@pytest.fixture
+def sd_with_word(sd, folder):
+    """The small model with a word more, as textual inversion adds one."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<cat-toy>"])
+    config = replace(sd.text_encoder.config, vocab_size=len(tokenizer))
+    encoder = small.filled(clip_text.TextEncoder(config)).float()
+    return replace(sd, text_encoder=encoder, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd_with_word"])
+def test_the_ids_of_a_folders_tokens_are_its_tokenizers(name, folder, tmp_path, request):
+    export.write_folder(request.getfixturevalue(name), tmp_path / "saved")
+    convert.convert_model(tmp_path / "saved", tmp_path / "converted")
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
+
+    for written in ("saved", "converted"):
+        config = json.loads((tmp_path / written / "text_encoder" / "config.json").read_text())
+        found = [config[f"{token}_token_id"] for token in ("bos", "eos", "pad")]
+        assert found == [start, end, end]
 
 
 def test_a_folder_is_never_half_written(sd, tmp_path, monkeypatch):
@@ -127,6 +156,32 @@ def test_the_official_form(theta, exported):
     }
 
 
+@pytest.mark.parametrize("form, architecture, implementation", [
+    ("lora", "stable-diffusion-v1/lora", "diffusers"),
+    ("single", "stable-diffusion-v1", "https://github.com/Stability-AI/generative-models"),
+])
+def test_metadata_for_other_programs(form, architecture, implementation, exported):
+    out, _ = exported(form, "--date", "2024-02-29")
+    with safe_open(out, "pt") as opened:
+        metadata = opened.metadata()
+    hint = metadata.pop("modelspec.usage_hint")
+    assert ("dial from 0, nothing erased, to 1" in hint) == (form == "lora")
+    assert metadata == {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
+        "modelspec.title": form,
+        "modelspec.date": "2024-02-29",
+    }
+
+    out.unlink()
+    before = date.today()
+    exported(form)
+    with safe_open(out, "pt") as opened:
+        day = date.fromisoformat(opened.metadata()["modelspec.date"])
+    assert before <= day <= date.today()
+
+
 @pytest.mark.parametrize("error", [0.5, 0.05, 0.001])
 def test_a_lora_is_the_change_to_the_stated_error(error, sd, theta, exported):
     """up @ down * alpha / rank, as kohya's form has it; convolutions, too."""
@@ -181,10 +236,11 @@ def test_an_existing_output_stays(form, exported, capsys):
     assert f"{out} exists; delete it or choose another" in text
 
 
-def test_files_that_erase_did_not_write(folder, tmp_path):
+@pytest.mark.parametrize("metadata", [{}, {"settings": "theirs"}, {"settings": "[7]"}])
+def test_files_that_erase_did_not_write(metadata, folder, tmp_path):
     """The settings are unknown, the weights aren't."""
     file, out = tmp_path / "other.safetensors", tmp_path / "esd.safetensors"
-    save_file({"conv_in.bias": torch.ones(32)}, file)
+    save_file({"conv_in.bias": torch.ones(32)}, file, metadata)
     commands.run(export.main, file, "--as", "esd", "--model", folder, "--out", out)
     assert load_file(out)["conv_in.bias"].tolist() == [1.0] * 32
     with safe_open(out, "pt") as opened:

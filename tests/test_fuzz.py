@@ -30,6 +30,8 @@ from notebooks.tools import convert, table
 from sample import UsageError
 from support import formats
 
+pytestmark = pytest.mark.robustness
+
 # ---- damage
 
 

@@ -354,6 +354,7 @@ def test_another_guidance_is_called_as_guided_predictor_is(sd):
     assert difference(found, sample.generate(sd, "a star", num=3, steps=2, guidance=100)) <= 1
 
 
+@pytest.mark.robustness  # compiling takes seconds
 def test_a_compiled_unet_gives_the_same_image(sd):
     """And is compiled once, not for each step: t is a tensor."""
     graphs = []

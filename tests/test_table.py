@@ -19,6 +19,8 @@ from notebooks.tools import table
 from support import commands
 from support.commands import difference
 
+pytestmark = pytest.mark.robustness
+
 HEAD = "case_number,prompt,evaluation_seed\n"
 
 # the columns of the official files, the rows made up

@@ -20,6 +20,10 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+if not __package__:  # then Python wouldn't find our files
+    print("error: run it as python -m notebooks.tools.convert", file=sys.stderr)
+    sys.exit(2)
+
 import clip_text
 import sample
 import unet
@@ -41,13 +45,27 @@ SD_V1 = {
 }
 
 
+PART_NAMES = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
+OTHER_KINDS = {  # prefixes of their text encoders in single files
+    "cond_stage_model.model.": "Stable Diffusion 2",
+    "conditioner.embedders.": "SDXL",
+}
+
+
+def about_it(error: Exception, source: str | Path) -> str:
+    """Returns what an error says in one line, with "it" in place of a source at its start."""
+    text = sample.one_line(error)
+    name = f"{source} "
+    return f"it {text.removeprefix(name)}" if text.startswith(name) else text
+
+
 @contextmanager
 def refusal_in_one_line(source: str | Path) -> Iterator[None]:
     """Turns every error into a UsageError: damaged files can raise anything."""
     try:
         yield
     except Exception as error:
-        raise UsageError(f"can't convert {source}: {sample.one_line(error)}") from error
+        raise UsageError(f"can't convert {source}: {about_it(error, source)}") from error
 
 
 def print_left_out(source: str | Path, names: list[str]) -> None:
@@ -123,6 +141,8 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises UsageError for damaged files, for pickles that would run something, and for metadata of
     another kind of model.
     """
+    if not file.is_file():
+        raise UsageError(f"{file} isn't a file")
     try:
         with open(file, "rb") as opened:
             head = opened.read(9)
@@ -140,7 +160,7 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
     except Exception as error:  # a damaged file can raise anything
         refused = re.search(r"GLOBAL \S+", str(error))  # by the restricted unpickler
-        reason = sample.one_line(error)
+        reason = about_it(error, file)
         if refused:
             reason = f"{refused[0]}, look for a .safetensors of it"
         raise UsageError(
@@ -169,6 +189,16 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
+def folder_configs(folder: Path) -> dict[str, Any]:
+    """Returns the config of each part. Raises UsageError for another kind, or a part missing."""
+    sample.check_kind(folder)
+    files = [f"{part}/config.json" for part in sample.PARTS]
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise UsageError(f"it has no {', no '.join(missing)}; look for the whole model")
+    return sample.read_configs(folder)
+
+
 def read_folder(folder: Path, configs: dict[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors of a folder in diffusers' layout, as unet.NAME and so on."""
     tensors = {}
@@ -176,7 +206,7 @@ def read_folder(folder: Path, configs: dict[str, Any]) -> dict[str, Tensor]:
         files = [folder / part / file for file in (*described.files, *PICKLES[part])]
         found = [file for file in files if file.is_file()]
         if not found:
-            raise UsageError(f"{files[0]} is missing, in every form")
+            raise UsageError(f"{part}/{files[0].name} is missing, in every form")
         weights, _ = read_file(found[0])
         tensors |= renamed(part, weights, configs[part])
     return tensors
@@ -209,12 +239,59 @@ def with_average(
     return others | {averaged[flat]: tensors[flat] for flat in averaged}
 
 
-def read_single(file: Path, configs: dict[str, Any], ema: bool) -> dict[str, Tensor]:
-    """Returns the tensors of a file in CompVis's format: unet.NAME and so on, and leftovers."""
+def parts_held(tensors: dict[str, Tensor], configs: dict[str, Any]) -> list[str]:
+    """Returns the parts of which a file in CompVis's format holds tensors."""
+    held = []
+    for part, prefix in compvis.PREFIXES.items():
+        names = compvis.theirs_to_ours(part, configs[part])
+        if {*names, *names.values()} & with_prefix(tensors, prefix).keys():
+            held.append(part)
+    return held
+
+
+def check_held(
+    tensors: dict[str, Tensor], configs: dict[str, Any], has_vae: bool
+) -> None:
+    """Raises UsageError where a file holds no whole model; it says what is missing.
+
+    has_vae: whether another file has the VAE.
+    """
+    for prefix, kind in OTHER_KINDS.items():
+        if with_prefix(tensors, prefix):
+            raise UsageError(f"this is {kind}, not Stable Diffusion v1")
+
+    held = parts_held(tensors, configs)
+    needed = [part for part in PART_NAMES if part != "vae" or not has_vae]
+    missing = [f"no {PART_NAMES[part]}" for part in needed if part not in held]
+    if not missing:
+        return
+
+    names = compvis.theirs_to_ours("unet", configs["unet"])
+    is_unet = of_unet(tensors).keys() & {*names, *names.values()}
+    if is_unet and held in ([], ["unet"]):
+        raise UsageError(
+            f"it holds {len(tensors)} tensors of a U-Net, and nothing else of a model; "
+            "if they are erased weights, add --erased and end --out in .safetensors"
+        )
+
+    content = " and ".join(f"a {PART_NAMES[part]}" for part in held)
+    content = content or f"{len(tensors)} tensors: {', '.join([*tensors][:3])}"
+    way_out = "add --vae FILE" if missing == ["no VAE"] else "look for the whole checkpoint"
+    raise UsageError(f"it holds {content}, but {', '.join(missing)}; {way_out}")
+
+
+def read_single(
+    file: Path, configs: dict[str, Any], ema: bool, has_vae: bool
+) -> dict[str, Tensor]:
+    """Returns the tensors of a file in CompVis's format: unet.NAME and so on, and leftovers.
+
+    has_vae: whether another file has the VAE, so that this one needs none.
+    """
     check_yaml(file)
     tensors, _ = read_file(file)
     if ema:
         tensors = with_average(tensors, configs["unet"])
+    check_held(tensors, configs, has_vae)
 
     prefixes = tuple(compvis.PREFIXES.values())
     others = [name for name in tensors if not name.startswith(prefixes)]
@@ -251,6 +328,15 @@ def download(name: str) -> Path:
         if missing:
             snapshot_download(name, allow_patterns=missing)
     return folder
+
+
+def find_on_hub(name: str) -> Path:
+    """Returns a hub repository's folder. Raises UsageError for what is neither there nor here."""
+    try:
+        return download(name)
+    except Exception as error:
+        reason = sample.one_line(error)
+        raise UsageError(f"no such file or folder here; on the hub: {reason}") from error
 
 
 def find_tokenizer(path: Path) -> str:
@@ -298,16 +384,16 @@ def read_model(
     tokenizer: another one, a folder or a hub name. configs: of a single file, by part.
     Raises UsageError, and other errors for damaged files.
     """
-    path = Path(source) if Path(source).exists() else download(str(source))
+    path = Path(source) if Path(source).exists() else find_on_hub(str(source))
     if path.is_dir():
         if ema or configs is not SD_V1:
             raise UsageError(
                 "a folder has one U-Net, and its sizes: no --ema, no --model"
             )
-        configs = sample.read_configs(path)
+        configs = folder_configs(path)
         tensors = read_folder(path, configs)
     else:
-        tensors = read_single(path, configs, ema)
+        tensors = read_single(path, configs, ema, has_vae=vae_file is not None)
 
     if vae_file:
         tensors = {
@@ -389,6 +475,8 @@ def run(args: argparse.Namespace) -> None:
 
     configs = SD_V1
     if args.model:
+        if not args.model.is_dir():
+            raise UsageError(f"--model {args.model} isn't a folder")
         with refusal_in_one_line(args.source):
             configs = sample.read_configs(args.model)
     if args.erased:

@@ -12,13 +12,20 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
+from typing import Callable
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if not __package__:  # then Python wouldn't find our files
+    print("error: run it as python -m notebooks.tools.export", file=sys.stderr)
+    sys.exit(2)
 
 import clip_text
 import ddim
@@ -77,7 +84,7 @@ def vae_json(config: vae.VAEConfig) -> dict:
 
 
 def text_json(config: clip_text.TextConfig) -> dict:
-    """Returns the contents of `text_encoder/config.json`."""
+    """Returns the contents of `text_encoder/config.json`, for a tokenizer without added tokens."""
     end = config.vocab_size - 1  # the token before it is the start
     return {
         "architectures": ["CLIPTextModel"],
@@ -135,10 +142,19 @@ def write_tensors(
     sample.write_whole(file, lambda part: part.write_bytes(content))
 
 
-def write_part(folder: Path, name: str, model: nn.Module) -> None:
-    """Writes the config and the weights of one model; name is one of sample.PARTS."""
+def token_ids(tokenizer: Callable) -> dict[str, int | None]:
+    """Returns what `text_encoder/config.json` says of a tokenizer."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
+def write_part(folder: Path, name: str, model: nn.Module, **settings: int | None) -> None:
+    """Writes the config and the weights of one model; name is one of sample.PARTS.
+
+    settings: what the config says in place of, or next to, what the model's own implies.
+    """
     file = folder / name / sample.PARTS[name].files[0]
-    write_json(file.with_name("config.json"), CONFIGS[name](model.config))
+    write_json(file.with_name("config.json"), CONFIGS[name](model.config) | settings)
     write_tensors(file, model.state_dict(), {"format": "pt"})
 
 
@@ -160,7 +176,8 @@ def write_folder(sd: sample.StableDiffusion, folder: str | Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         for name in sample.PARTS:
-            write_part(unfinished, name, getattr(sd, name))
+            settings = token_ids(sd.tokenizer) if name == "text_encoder" else {}
+            write_part(unfinished, name, getattr(sd, name), **settings)
         sd.tokenizer.save_pretrained(unfinished / "tokenizer")
         write_index(unfinished)
         os.replace(unfinished, folder)
@@ -169,6 +186,27 @@ def write_folder(sd: sample.StableDiffusion, folder: str | Path) -> None:
 
 
 # ---- one file
+
+
+MODELSPEC = {  # the metadata of each form: SAI ModelSpec 1.0.1
+    "lora": {
+        "architecture": "stable-diffusion-v1/lora",
+        "implementation": "diffusers",
+        "usage_hint": "Its weight is a dial from 0, nothing erased, to 1, all erased.",
+    },
+    "single": {
+        "architecture": "stable-diffusion-v1",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "usage_hint": "A whole checkpoint, opened as any other; the erasure is in its weights.",
+    },
+}
+
+
+def modelspec(form: str, title: str, day: date) -> dict[str, str]:
+    """Returns the metadata that other programs show; form is one of MODELSPEC."""
+    values = {"sai_model_spec": "1.0.1", "title": title, "date": day.isoformat()}
+    values |= MODELSPEC[form]
+    return {f"modelspec.{name}": value for name, value in values.items()}
 
 
 def single(sd: sample.StableDiffusion) -> dict[str, Tensor]:
@@ -182,7 +220,10 @@ def single(sd: sample.StableDiffusion) -> dict[str, Tensor]:
 def settings_of(file: Path) -> dict:
     """Returns the settings that erase.py wrote into a file; empty for others' files."""
     _, metadata = sample.read_tensors(file)
-    return json.loads(metadata.get("settings", "{}"))
+    try:
+        return {**json.loads(metadata.get("settings", "{}"))}
+    except (ValueError, TypeError):  # somebody else's settings
+        return {}
 
 
 def esd_metadata(settings: dict, model: str) -> dict[str, str]:
@@ -283,13 +324,14 @@ def run(args: argparse.Namespace) -> None:
     if args.form == "folder":
         write_folder(erased, args.out)
     elif args.form == "single":
-        write_tensors(args.out, halved(single(erased)), {})
+        metadata = modelspec("single", args.out.stem, args.date)
+        write_tensors(args.out, halved(single(erased)), metadata)
     elif args.form == "esd":
         metadata = esd_metadata(settings_of(args.file), args.model)
         write_tensors(args.out, halved(theta), metadata)
     else:
         tensors = lora(sd.unet, theta, args.error)
-        write_tensors(args.out, tensors, {})
+        write_tensors(args.out, tensors, modelspec("lora", args.out.stem, args.date))
         print_summary(tensors, sd.unet, theta)
     print(args.out)
 
@@ -305,6 +347,7 @@ def main() -> None:
     add("--as", dest="form", required=True, choices=["lora", "single", "folder", "esd"])
     add("--model", default=sample.DEFAULT_MODEL, help="what was erased from")
     add("--error", type=float, default=0.05, help="lora: the share of each change's norm to lose")
+    add("--date", type=date.fromisoformat, default=date.today(), help="in a file's metadata")
     add("--out", type=Path, required=True, help="a .safetensors file, or a folder")
     sample.fail_in_one_line(run, flags)
 
