@@ -26,7 +26,7 @@ from notebooks.methods import (
     safe_latent_diffusion,
     uce,
 )
-from notebooks.toy import contenders, cost, evaluate, measure, robust, tables, world
+from notebooks.toy import cost, evaluate, measure, models, robust, tables, world
 from support import commands, small
 
 CELLS = {name: evaluate.cells(name) for name in evaluate.EXPERIMENTS}
@@ -41,8 +41,8 @@ def results():
 @pytest.fixture(scope="module")
 def context():
     """As the stored results were made, but without the retrained miniatures."""
-    iterations = contenders.FLAGS["iterations"]
-    here = contenders.open_context(Path("notebooks/toy"), None, num=50, iterations=iterations)
+    iterations = models.FLAGS["iterations"]
+    here = models.open_context(Path("notebooks/toy"), None, num=50, iterations=iterations)
     weights = {key: here.weights[key] for key in ("unet", "judge")}
     return here._replace(weights=weights)
 
@@ -300,16 +300,16 @@ def test_no_two_cells_have_the_same_key():
     "concept, prompt", [("star", "star"), ("dots", "a picture in the style of dots")]
 )
 def test_a_concept_is_erased_and_avoided_by_the_same_prompt(concept, prompt):
-    assert contenders.model_named("ESD-x", concept).erase["concepts"] == [prompt]
-    avoiding = contenders.model_named("negative prompt", concept)
+    assert models.model_named("ESD-x", concept).erase["concepts"] == [prompt]
+    avoiding = models.model_named("negative prompt", concept)
     assert avoiding.sampling == {"negative": prompt}
-    avoiding = contenders.model_named("SLD-max", concept)
+    avoiding = models.model_named("SLD-max", concept)
     assert avoiding.sampling == {"safe": prompt, "sld": "max"}
 
 
 def test_an_unknown_model_is_not_the_original_under_another_name():
     with pytest.raises(KeyError):
-        contenders.model_named("ESD-y", "star")
+        models.model_named("ESD-y", "star")
 
 
 @pytest.mark.parametrize(
@@ -323,8 +323,8 @@ def test_an_unknown_model_is_not_the_original_under_another_name():
 )
 def test_a_rate_belongs_to_what_is_tuned(context, name, method):
     """The parts of ESD-x get its rate; ESD-u's left 98 % of the stars to keys and values."""
-    settings = context.settings(contenders.model_named(name, "star"))
-    assert settings["lr"] == contenders.RATES[method]
+    settings = context.settings(models.model_named(name, "star"))
+    assert settings["lr"] == models.RATES[method]
 
 
 @pytest.mark.parametrize(
@@ -339,14 +339,14 @@ def test_a_rate_belongs_to_what_is_tuned(context, name, method):
     ],
 )
 def test_styles_and_concept_ablation_take_longer(context, name, concept, times):
-    settings = context.settings(contenders.model_named(name, concept))
-    assert settings["iterations"] == times * contenders.FLAGS["iterations"]
+    settings = context.settings(models.model_named(name, concept))
+    assert settings["iterations"] == times * models.FLAGS["iterations"]
 
 
 def test_a_retrained_model_is_found_by_its_name():
-    assert contenders.model_named("never saw it", "heart").retrained == "without_heart"
-    assert contenders.model_named("censored training", "heart").retrained == "censored"
-    assert {"without_heart", "censored"} <= contenders.RETRAINED.keys()
+    assert models.model_named("never saw it", "heart").retrained == "without_heart"
+    assert models.model_named("censored training", "heart").retrained == "censored"
+    assert {"without_heart", "censored"} <= models.RETRAINED.keys()
 
 
 def test_the_settings_are_those_of_the_flags_file_and_are_json(context):
@@ -373,7 +373,7 @@ SETTINGS = {"iterations": 2, "steps": 2, "lr": 1e-4, "batch": 1}
 
 def erased(sd, method="esd-x", data="edited", **more):
     settings = SETTINGS | more
-    return contenders.erased_weights(sd, ["star"], method=method, data=data, **settings)
+    return models.erased_weights(sd, ["star"], method=method, data=data, **settings)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -419,7 +419,7 @@ def test_each_kind_of_data_is_what_its_name_says(sd):
 
     def batches(name, count=6):
         edited.calls = 0
-        data = contenders.data_function(sd, name, titles, steps=3)
+        data = models.data_function(sd, name, titles, steps=3)
         found = data(edited, texts, shape, Generator().manual_seed(0))
         return [*itertools.islice(found, count)]
 
@@ -447,7 +447,7 @@ def test_each_kind_of_data_is_what_its_name_says(sd):
 @pytest.mark.parametrize("name, module", [("uce", uce), ("rece", rece)])
 def test_closed_forms_erase_as_their_own_files_do(sd, name, module):
     keep = ["heart", "a picture in the style of dots"]
-    found = contenders.erased_weights(sd, {"star": ""}, method=name, keep=keep)
+    found = models.erased_weights(sd, {"star": ""}, method=name, keep=keep)
     assert same(found, module.erase(sd, {"star": ""}, keep))
 
 
@@ -470,10 +470,10 @@ def test_other_losses_are_given_to_erase(sd, monkeypatch):
     assert given["data"].keywords == {"sd": sd, "keep": keep, "steps": 2, "every_step": True}
     assert given["method"] == "esd-x"
 
-    ablation = contenders.model_named("concept ablation", "star").erase
+    ablation = models.model_named("concept ablation", "star").erase
     assert ablation["concepts"] == {"star": "circle"}
     monkeypatch.setattr(sample, "generate", fake_generate)
-    assert contenders.erased_weights(sd, **SETTINGS | ablation) == {"star": "circle"}
+    assert models.erased_weights(sd, **SETTINGS | ablation) == {"star": "circle"}
     assert given["loss_fn"] is concept_ablation.loss
     assert given["prompts"] == ["circle"]
     assert given["method"] is uce.keys_and_values
@@ -482,22 +482,22 @@ def test_other_losses_are_given_to_erase(sd, monkeypatch):
 @pytest.mark.parametrize("name", ["ESD-x, in contexts", "ESD-u against learned prompts"])
 def test_data_with_prompts_of_their_own_erases(sd, name):
     """The real ones, end to end: theta moves, and is the same for the same seed."""
-    settings = SETTINGS | {"data": "every step"} | contenders.model_named(name, "star").erase
+    settings = SETTINGS | {"data": "every step"} | models.model_named(name, "star").erase
     settings |= {"iterations": 1, "method": "esd-x-strict"}
-    theta = contenders.erased_weights(sd, **settings)
-    assert same(theta, contenders.erased_weights(sd, **settings))
+    theta = models.erased_weights(sd, **settings)
+    assert same(theta, models.erased_weights(sd, **settings))
     before = sample.unet_tensors(sd)
     assert not any(torch.equal(tensor, before[key]) for key, tensor in theta.items())
 
 
 def test_contexts_name_every_second_colour_and_style_or_object():
-    star = contenders.contexts_of("star")
+    star = models.contexts_of("star")
     assert len(star) == 1 + 3 + 3
     assert star["star"] == ""
     assert star["a red star"] == "a red picture"
     assert star["a star in the style of neon"] == "a picture in the style of neon"
 
-    mosaic = contenders.contexts_of("mosaic")
+    mosaic = models.contexts_of("mosaic")
     assert len(mosaic) == 6
     assert mosaic["a picture in the style of mosaic"] == "a picture"
     assert mosaic["a circle in the style of mosaic"] == "a circle"
@@ -509,7 +509,7 @@ def test_contexts_name_every_second_colour_and_style_or_object():
 
 def test_the_cost_of_an_erasure(context, tmp_path):
     here = context._replace(run=tmp_path)
-    model = contenders.model_named("UCE", "star")
+    model = models.model_named("UCE", "star")
     found = here.cost(model)
     assert here.settings(model)["method"] == "uce"
     moved = erase.trainable_copies(here.sd.unet, uce.keys_and_values)
@@ -526,7 +526,7 @@ def test_bfloat16_rounds_weights_and_state():
     optimizer = torch.optim.Adam([weight], lr=1e-4)
     weight.sum().backward()
     optimizer.step()
-    contenders.round_to_bfloat16(optimizer)
+    models.round_to_bfloat16(optimizer)
     assert weight[0] == 1  # an update of 1e-4 is lost next to 1
     for tensor in (weight, *optimizer.state[weight].values()):
         assert torch.equal(tensor, tensor.bfloat16().float())
@@ -545,7 +545,7 @@ def test_bfloat16_rounds_after_each_step_and_in_its_own_variant_only(sd, monkeyp
     assert same(once, {name: tensor.bfloat16().float() for name, tensor in plain.items()})
 
     steps = []
-    monkeypatch.setattr(contenders, "round_to_bfloat16", steps.append)
+    monkeypatch.setattr(models, "round_to_bfloat16", steps.append)
     erased(sd, variant="bfloat16")
     assert len(steps) == 2
 
@@ -570,7 +570,7 @@ def test_the_rate_falls_to_0_in_its_own_variant_only(sd, monkeypatch):
 
 
 def test_images_avoid_a_concept_as_safe_latent_diffusion_does(context):
-    sampling = contenders.model_named("SLD-max", "star").sampling
+    sampling = models.model_named("SLD-max", "star").sampling
     prompts = ["a star", "a heart"]
     images = context.draw(context.sd, sampling, prompts)
 
@@ -579,9 +579,9 @@ def test_images_avoid_a_concept_as_safe_latent_diffusion_does(context):
         concept=context.sd.encode(["star"]),
         safety=safe_latent_diffusion.SETTINGS["max"],
     )
-    seeds = [contenders.SEED, contenders.SEED + 1]
+    seeds = [models.SEED, models.SEED + 1]
     expected = sample.generate(
-        context.sd, prompts, seed=seeds, predictor=predictor, **contenders.SAMPLING
+        context.sd, prompts, seed=seeds, predictor=predictor, **models.SAMPLING
     )
     assert [a.tobytes() for a in images] == [b.tobytes() for b in expected]
     ordinary = context.draw(context.sd, {}, prompts)
@@ -696,8 +696,8 @@ def test_a_missing_cost_is_made(monkeypatch, tmp_path, capsys):
 def rows_of(context, monkeypatch, name, results):
     """The rows of a contact sheet, with prompts in place of images."""
     monkeypatch.setattr(sample, "contact_sheet", lambda rows, least: rows)
-    monkeypatch.setattr(contenders.Context, "load", lambda context, model: None)
-    monkeypatch.setattr(contenders.Context, "draw", lambda context, sd, sampling, prompts: prompts)
+    monkeypatch.setattr(models.Context, "load", lambda context, model: None)
+    monkeypatch.setattr(models.Context, "draw", lambda context, sd, sampling, prompts: prompts)
     return evaluate.contact_sheet(context, name, CELLS[name], results)
 
 
@@ -821,7 +821,7 @@ def test_each_attack_is_counted_under_its_own_name(context, monkeypatch):
 
     monkeypatch.setattr(sample, "generate", fakes.generate)
     monkeypatch.setattr(sample.StableDiffusion, "encode", lambda sd, prompts: prompts[0])
-    monkeypatch.setattr(contenders.Context, "retrained", retrained)
+    monkeypatch.setattr(models.Context, "retrained", retrained)
     monkeypatch.setattr(robust.judging, "read", read)
     assert robust.probe(context._replace(num=fakes.NUM), attacked, "star") == {
         "num": 6,
@@ -838,7 +838,7 @@ def test_each_attack_is_counted_under_its_own_name(context, monkeypatch):
 
 
 def test_probes_are_of_the_cells_model_and_concept(context, monkeypatch):
-    model = contenders.model_named("ESD-x", "star")
+    model = models.model_named("ESD-x", "star")
     cell = evaluate.Cell("robust", "star", model, ("probes",))
     attacked = object()
     monkeypatch.setattr(robust, "probe", lambda *given: given)
@@ -886,7 +886,7 @@ def test_a_second_run_does_nothing_again(tmp_path, monkeypatch, capsys):
 @pytest.mark.robustness
 def test_two_processes_give_what_one_gives(tmp_path):
     setup = evaluate.Setup(Path("notebooks/toy"), tmp_path, num=2, iterations=2)
-    original = contenders.model_named("original", "")
+    original = models.model_named("original", "")
     cells = []
     for concept in ("star", "moon", "arrow"):
         cells.append(evaluate.Cell("paraphrase", concept, original, ("name",)))
@@ -948,7 +948,7 @@ def test_an_answer_of_other_settings_or_models_is_not_taken(context):
     """All that it depends on is compared, but a censored model only if it is there."""
 
     def cell_of(name):
-        return evaluate.Cell("implied", "moon", contenders.model_named(name, "moon"), ("scenes",))
+        return evaluate.Cell("implied", "moon", models.model_named(name, "moon"), ("scenes",))
 
     def answer_to(cell):
         return {"settings": evaluate.settings_of(context, cell)}

@@ -21,7 +21,7 @@ import erase
 import sample
 from notebooks.toy import judge as judging
 from notebooks.toy import measure, tables
-from notebooks.toy.contenders import RATES, x_t_from_frozen
+from notebooks.toy.models import RATES, x_t_from_frozen
 from sample import StableDiffusion
 
 OBJECTS = ("star", "heart", "moon")

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import sample
 from notebooks.toy import judge as judging
 from notebooks.toy import measure, robust, tables, world
-from notebooks.toy.contenders import (
+from notebooks.toy.models import (
     FLAGS,
     RETRAINED,
     SAMPLING,

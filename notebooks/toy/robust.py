@@ -13,7 +13,7 @@ from torch import Tensor
 import sample
 from notebooks.methods import probes
 from notebooks.toy import judge as judging
-from notebooks.toy.contenders import SAMPLING, SEED, Context, prompt_for
+from notebooks.toy.models import SAMPLING, SEED, Context, prompt_for
 from notebooks.toy.tables import STYLES
 from notebooks.toy.world import with_article
 from sample import StableDiffusion
