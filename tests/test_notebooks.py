@@ -220,3 +220,11 @@ def test_every_second_x_t_is_of_a_prompt_to_keep(notebook_4, sd):
         kept.discard(of_kept.text.concept[0].sum().item())
         if not kept:
             break
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_the_badges_open_this_notebook(file):
+    first = "".join(json.loads(file.read_text())["cells"][0]["source"])
+    path = f"OWNER/minESD/blob/main/notebooks/{file.name})"
+    assert f"https://colab.research.google.com/github/{path}" in first
+    assert f"https://kaggle.com/kernels/welcome?src=https://github.com/{path}" in first
