@@ -156,7 +156,9 @@ def notebook_4(sd):
     source = grade.definitions(json.loads(NOTEBOOKS[3].read_text()))
     kept = sd.encode(["a heart", "a moon", "a red cross", ""])
     functions = {"sd": sd, "kept": kept, "FLAGS": {"data": random_batches}}
-    exec(source, functions)
+    lines = source.splitlines()  # the tests' environment has no Jupyter
+    lines = [line for line in lines if not line.startswith(("from IPython", "import matplotlib"))]
+    exec("\n".join(lines), functions)
     return functions
 
 
