@@ -259,7 +259,10 @@ def save_checkpoint(path: Path, settings: dict[str, str], done: int, theta: dict
         "optimizer": optimizer.state_dict(),
         "rng": rng.get_state(),
     }
-    sample.write_whole(path, lambda part: torch.save(state, part))
+    try:
+        sample.write_whole(path, lambda part: torch.save(state, part))
+    except RuntimeError as error:  # what torch raises if the disk is full
+        raise OSError(f"{path} can't be written: {error}") from error
 
 
 def load_checkpoint(path: Path, settings: dict[str, str], theta: dict[str, Tensor],

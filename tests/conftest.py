@@ -17,7 +17,7 @@ from support import small
 
 torch.set_num_threads(1)  # models this small lose more to waiting than they win from threads
 
-ON_REQUEST = ("robustness", "fuzz", "full_size")  # markers, described in pyproject.toml
+ON_REQUEST = ("robustness", "fuzz", "full_size")  # markers, in pyproject.toml; the longest last
 
 
 def pytest_addoption(parser):
@@ -26,12 +26,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skips what runs only on request, unless one of its markers is in -m."""
+    """Skips what runs only on request, unless the last of its markers is in -m."""
     for item in items:
         markers = [marker for marker in ON_REQUEST if marker in item.keywords]
-        wanted = [marker for marker in markers if marker in config.option.markexpr]
-        if markers and not wanted:
-            item.add_marker(pytest.mark.skip(reason=f"needs -m {' or '.join(markers)}"))
+        if markers and markers[-1] not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason=f"needs -m {markers[-1]}"))
 
 
 @pytest.fixture(scope="session")

@@ -386,8 +386,8 @@ def test_repositories_without_float32_or_without_a_model(server, folder, tmp_pat
     (server.root / "someone" / "single").mkdir(parents=True)
     (server.root / "someone" / "single" / "v1.ckpt").write_bytes(b"weights")
     refused = {
-        "someone/nothing": "can't load someone/nothing: RepositoryNotFoundError",
-        "someone/single": "can't load someone/single: FileNotFoundError",
+        "someone/nothing": "someone/nothing: no such folder here; on the hub: RepositoryNotFound",
+        "someone/single": "someone/single: no such folder here; on the hub: FileNotFoundError",
         "not/a/hub/name": "can't load not/a/hub/name: ",
         "someone/bin": "notebooks.tools.convert someone/bin --out bin-converted",
     }
