@@ -117,10 +117,9 @@ def denoise(
     rng: for samplers that add noise.
     """
     abar = alphas_cumprod(x_t.device)
-    stride = TRAIN_STEPS // steps
     for t in timesteps(steps):
         yield t, x_t
-        t_prev = max(t - stride, 0)  # the last is abar[0], which isn't 1
+        t_prev = max(t - TRAIN_STEPS // steps, 0)  # the last is abar[0], which isn't 1
         t_tensor = torch.tensor(t, device=x_t.device)  # an int would recompile a U-Net
         x_t = step(x_t, predict(x_t, t_tensor), abar[t], abar[t_prev])
 

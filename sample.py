@@ -576,7 +576,7 @@ def is_base(sd: StableDiffusion, weights: dict[str, Tensor], metadata: dict[str,
         base = json.loads(metadata.get("settings", "{}")).get("base")
     except (ValueError, AttributeError):  # somebody else's settings
         base = None
-    if not isinstance(base, list):
+    if not isinstance(base, list) or not all(isinstance(number, float) for number in base):
         return True
 
     ours = fingerprint(sd, without=weights.keys())

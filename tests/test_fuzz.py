@@ -259,6 +259,8 @@ def in_a_child(command, log, *flags, signum=None, after=0.0):
             status = 0
         except SystemExit as stopped:
             status = stopped.code
+        except KeyboardInterrupt:  # before the command takes care of it
+            status = 130
         finally:
             os._exit(status)
 
