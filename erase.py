@@ -495,17 +495,20 @@ def main() -> None:
     """Reads the command line."""
     flags = sample.parser("Erases concepts (ESD).", "CONCEPT", "what to erase, as a prompt")
     add = flags.add_argument
+
     add("--method", default="esd-x", choices=METHODS, help="which weights to tune")
     add("--eta", type=float, default=1.0, help="strength, Eq. 6")
     add("--lr", type=float, default=1e-5, help="Adam's learning rate")
     add("--iterations", type=int, default=1000, help="gradient steps")
     add("--batch", type=int, default=1, help="latents in a gradient step")
+
     add("--loss", default="erase:esd_loss", metavar="MODULE:FUNCTION", help="a loss of your own")
     add("--data", metavar="MODULE:FUNCTION", help="x_t of your own; may take steps, sd, ...")
     add("--every-step", action="store_true", help="learn at every step of a trajectory")
     add("--guidance", type=float, default=3.0, help="guidance scale for x_t")
     add("--anchor", metavar="PROMPT", help="what x_t is drawn for, if not for the concept")
     add("--image", type=Path, nargs="+", metavar="FILE", help="one image per concept, for x_t")
+
     add("--show", nargs="+", default=[], metavar="PROMPT", help="more prompts to draw")
     add("--resume", action="store_true", help="go on from the checkpoint next to --out")
     add("--out", type=Path, default=Path("erased.safetensors"), help="gets an image next to it")

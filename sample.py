@@ -337,6 +337,7 @@ def check_kind(folder: Path) -> None:
     """Raises a UsageError that says what the model is, unless it may be SD v1."""
     index_file = folder / "model_index.json"
     unet_file = folder / "unet" / "config.json"
+
     kind = ""
     if unet_file.is_file():
         config = read_json(unet_file)
@@ -347,9 +348,10 @@ def check_kind(folder: Path) -> None:
         elif config.get("in_channels") == 9:
             kind = "an inpainting model"
     elif index_file.is_file():
-        kind = str(read_json(index_file).get("_class_name", ""))
-        kind = kind.removesuffix("Pipeline").removeprefix("StableDiffusion")
-        kind = kind and f"StableDiffusion{kind}"
+        pipeline = str(read_json(index_file).get("_class_name", ""))
+        if pipeline != "StableDiffusionPipeline":
+            kind = pipeline.removesuffix("Pipeline")
+
     if kind:
         raise UsageError(f"this is {kind}, not Stable Diffusion v1")
 

@@ -1,6 +1,7 @@
-"""The U-Net of Stable Diffusion v1: predicts the noise in a latent from its time and a text.
+"""The U-Net of Stable Diffusion v1: predicts the noise in a latent, given time and text.
 
-    eps = UNet(UNetConfig())(x_t, t, text)    # (B, 4, 64, 64), (B,), (B, 77, 768) -> (B, 4, 64, 64)
+    eps = UNet(UNetConfig())(x_t, t, text)
+    # (B, 4, 64, 64), (B,), (B, 77, 768) -> (B, 4, 64, 64)
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
 CVPR 2022, https://arxiv.org/abs/2112.10752 (section 3.3 and figure 3). Attribute names
@@ -192,7 +193,9 @@ class Level(nn.Module):
         emb_dim = 4 * config.block_out_channels[0]
         groups = config.norm_num_groups
 
-        self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, emb_dim, groups) for c_in in inputs)
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(c_in, c_out, emb_dim, groups) for c_in in inputs]
+        )
         self.attentions = nn.ModuleList()
         if attention:
             for _ in inputs:
@@ -291,7 +294,7 @@ class UNet(nn.Module):
             if level < last:
                 skips.append(width)  # the downsampler's
 
-        # Up: the input of a resnet is the output before it and the latest skip. Together they have
+        # Up: the input of a resnet is the output before it and the latest skip, together
         # 2560 2560 2560, 2560 2560 1920, 1920 1280 960, 960 640 640 channels.
         self.up_blocks = nn.ModuleList()
         before = widths[-1]
@@ -320,7 +323,7 @@ class UNet(nn.Module):
 
         skips = [self.conv_in(x_t.to(dtype))]  # (B, 320, 64, 64)
         for block in self.down_blocks:
-            skips += block(skips[-1], emb, text)  # a block's input is the output before it
+            skips += block(skips[-1], emb, text)  # the input is the output before it
 
         x = self.mid_block(skips[-1], emb, text)  # (B, 1280, 8, 8)
 
