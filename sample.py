@@ -1,6 +1,6 @@
 """Images from prompts: loads Stable Diffusion v1 and samples it with DDIM.
 
-    python sample.py "a red star" --model notebooks/toy --num 4 --out star.png
+    python sample.py "a red star" --model notebooks/toy/model --num 4 --out star.png
 
     sd = sample.load("CompVis/stable-diffusion-v1-4")
     images = sample.generate(sd, ["a red star"], num=4)

@@ -42,7 +42,7 @@ def results():
 def context():
     """As the stored results were made, but without the retrained miniatures."""
     iterations = models.FLAGS["iterations"]
-    here = models.open_context(Path("notebooks/toy"), None, num=50, iterations=iterations)
+    here = models.open_context(Path("notebooks/toy/model"), None, num=50, iterations=iterations)
     weights = {key: here.weights[key] for key in ("unet", "judge")}
     return here._replace(weights=weights)
 
@@ -885,7 +885,7 @@ def test_a_second_run_does_nothing_again(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.robustness
 def test_two_processes_give_what_one_gives(tmp_path):
-    setup = evaluate.Setup(Path("notebooks/toy"), tmp_path, num=2, iterations=2)
+    setup = evaluate.Setup(Path("notebooks/toy/model"), tmp_path, num=2, iterations=2)
     original = models.model_named("original", "")
     cells = []
     for concept in ("star", "moon", "arrow"):

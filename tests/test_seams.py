@@ -20,7 +20,7 @@ from test_erase import by_hand, texts_of
 ROOT = Path(__file__).parents[1]
 RECIPES = (ROOT / "notebooks" / "methods" / "README.md").read_text()
 README = (ROOT / "README.md").read_text()
-LOAD = 'sd = sample.load("notebooks/toy")\n'
+LOAD = 'sd = sample.load("notebooks/toy/model")\n'
 
 
 def code_after(text, words):

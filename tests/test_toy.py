@@ -15,7 +15,7 @@ from notebooks.tools import export
 from notebooks.toy import judge, measure, train, world
 from support import commands
 
-TOY = "notebooks/toy"
+TOY = "notebooks/toy/model"
 
 
 def seeded(seed=0):

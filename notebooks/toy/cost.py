@@ -207,8 +207,8 @@ def run(args: argparse.Namespace) -> None:
     found = sample.read_json(args.results) if args.results.exists() else {}
     todo = [] if args.stored else [cell for cell in all_cells() if cell.key not in found]
     if todo:
-        sd = sample.load("notebooks/toy")
-        judge = judging.load("notebooks/toy")
+        sd = sample.load("notebooks/toy/model")
+        judge = judging.load("notebooks/toy/model")
         iterations = measure.flags()["iterations"]
 
     for cell in tqdm(todo, unit="erasure"):

@@ -529,7 +529,7 @@ def main() -> None:
     add("experiments", nargs="+", choices=["all", *EXPERIMENTS], metavar="EXPERIMENT",
         help=f"all, or some of {', '.join(EXPERIMENTS)}")
     add("--quick", action="store_true", help="two images and two iterations each, few concepts")
-    add("--model", type=Path, default=Path("notebooks/toy"), help="the miniature, with its judge")
+    add("--model", type=Path, default=Path("notebooks/toy/model"), help="the miniature, with its judge")
     add("--run", type=Path, default=Path("runs/evaluate"), help="erased weights are kept here")
     add("--processes", type=int, default=2, help="each takes a core and 2 GB of memory")
     add("--results", type=Path, help="a JSON file; notebooks/toy/results.json or, with --quick, "

@@ -476,7 +476,7 @@ def main() -> None:
     add("files", nargs="*", type=Path, metavar="FILE", help="erased weights that erase.py wrote")
     add("--concept", nargs="+", action="extend", metavar="NAME",
         help="all that the files erase, if they don't say it")
-    add("--model", type=Path, default=Path("notebooks/toy"), help="the miniature, with its judge")
+    add("--model", type=Path, default=Path("notebooks/toy/model"), help="the miniature, with its judge")
     add("--steps", type=int, default=20, help="DDIM steps")
     add("--guidance", type=float, default=5.0, help="guidance scale")
     add("--seed", type=int, default=1000, help="of all random numbers")

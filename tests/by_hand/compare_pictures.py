@@ -3,7 +3,7 @@
 diffusers isn't part of this project. From the repository's root:
 
     pip install diffusers==0.42.1 peft
-    python -m tests.by_hand.compare_pictures --model notebooks/toy --erased runs/star.safetensors
+    python -m tests.by_hand.compare_pictures --model notebooks/toy/model --erased runs/star.safetensors
 """
 
 import argparse
@@ -75,7 +75,7 @@ def compare_exports(args: argparse.Namespace, sd, erased, folder: Path) -> None:
 def main() -> None:
     """Prints the largest difference for each form."""
     parser = argparse.ArgumentParser(description="The same images here and in diffusers.")
-    parser.add_argument("--model", default="notebooks/toy")
+    parser.add_argument("--model", default="notebooks/toy/model")
     parser.add_argument("--erased", required=True)
     parser.add_argument("--prompt", default="a red star")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Draws notebooks/tools/dial.png: a LoRA's weight as a dial from nothing erased to more than all.
 
     python erase.py star @notebooks/toy/flags --out runs/star-0.safetensors
-    python -m notebooks.tools.export runs/star-0.safetensors --as lora --model notebooks/toy \\
+    python -m notebooks.tools.export runs/star-0.safetensors --as lora --model notebooks/toy/model \\
         --out runs/star-lora.safetensors
     python -m tests.by_hand.lora_dial
 """
@@ -32,7 +32,7 @@ def with_lora(weights: dict[str, Tensor], lora: dict[str, Tensor], dial: float) 
 
 def main() -> None:
     """Draws the figure: one row for each weight."""
-    sd = sample.load("notebooks/toy")
+    sd = sample.load("notebooks/toy/model")
     lora = load_file(LORA)
     rows = []
     for dial in WEIGHTS:
