@@ -1,5 +1,9 @@
 """notebooks/methods: what ESD is compared with, each against its published equations."""
 
+import importlib
+import inspect
+import json
+import re
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -19,10 +23,18 @@ from notebooks.methods import (
     adversarial_esd,
     checkpointed,
     concept_ablation,
+    esd,
     esd_from,
     esd_in_contexts,
+    esd_odds,
+    forget_me_not,
+    keep_empty_prompt,
+    lora,
     rece,
     safe_latent_diffusion,
+    salun,
+    speed,
+    spm,
     uce,
 )
 from notebooks.methods.safe_latent_diffusion import SETTINGS, SafePredictor, Safety
@@ -41,6 +53,470 @@ def features(batch: int, *values: float) -> list[Tensor]:
 
 def seeded(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
+
+
+def equal(theta: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return theta.keys() == other.keys() and all(torch.equal(theta[n], other[n]) for n in theta)
+
+
+def moved(sd, theta: dict[str, Tensor]) -> set[str]:
+    """Returns the names of the weights that differ from the original's."""
+    start = sample.unet_tensors(sd)
+    return {name for name, W in theta.items() if not torch.equal(W, start[name])}
+
+
+# ---- one interface
+
+STEPS = {"iterations": 1, "lr": 1e-3, "batch": 1, "steps": 2}
+FEWER = STEPS | {"method": "esd-x"}  # weights, to save time
+IMAGES = {"images": 3, "image_steps": 2, "iterations": 1, "lr": 1e-3, "batch": 1}
+INTERFACE = {  # settings, then whether it uses seed, anchor and keep
+    "esd": (STEPS, True, False, False),
+    "esd_from": (STEPS | {"wider": "ring"}, True, False, False),
+    "esd_in_contexts": (STEPS, True, True, False),
+    "esd_odds": (STEPS | {"jumps": 2, "prior": 0.2}, True, False, False),
+    "keep_empty_prompt": (FEWER, True, False, False),
+    "adversarial_esd": (FEWER | {"attack_steps": 1, "tokens": 2}, True, False, True),
+    "concept_ablation": (IMAGES, True, True, False),
+    "salun": (FEWER | {"mask_batches": 1}, True, True, True),
+    "forget_me_not": (FEWER, True, False, False),
+    "spm": (STEPS, True, True, False),
+    "lora": (STEPS, True, False, False),
+    "uce": ({"lam": 0.2}, False, True, True),
+    "rece": ({"rounds": 1}, False, True, True),
+    "speed": ({"threshold": 0.2}, False, True, True),
+}
+
+
+@pytest.mark.parametrize("name", INTERFACE)
+def test_the_interface(name, sd):
+    """Same seed, same theta; seed, anchor and keep change it where the method uses them."""
+    settings, uses_seed, uses_anchor, uses_keep = INTERFACE[name]
+    erase_with = importlib.import_module(f"notebooks.methods.{name}").erase
+    assert json.loads(json.dumps(settings)) == settings
+    assert [*inspect.signature(erase_with).parameters][:4] == ["sd", "concepts", "keep", "seed"]
+    before = {key: W.clone() for key, W in sample.unet_tensors(sd).items()}
+
+    def run(anchor="heart", keep=("moon",), seed=0):
+        return erase_with(sd, {"star": anchor}, keep=[*keep], seed=seed, **settings)
+
+    theta = run()
+    assert moved(sd, theta)
+    assert all(W.isfinite().all() and not W.requires_grad for W in theta.values())
+    sample.with_weights(sd, theta)
+    assert equal(sample.unet_tensors(sd), before)
+    assert all(W.grad is None for W in sd.unet.parameters())
+
+    assert equal(run(), theta)
+    assert equal(run(seed=1), theta) != uses_seed
+    assert equal(run(anchor="circle"), theta) != uses_anchor
+    assert equal(run(keep=["ring"]), theta) != uses_keep
+    run(keep=[])
+
+
+@pytest.mark.parametrize("name", INTERFACE)
+def test_an_unknown_setting_is_an_error(name, sd):
+    settings, *_ = INTERFACE[name]
+    erase_with = importlib.import_module(f"notebooks.methods.{name}").erase
+    with pytest.raises(TypeError, match="unknown"):
+        erase_with(sd, {"star": "heart"}, keep=["moon"], seed=0, unknown=1, **settings)
+
+
+# ---- ESD under it
+
+
+def x_t(**options):
+    return partial(erase.x_t_from_model, **options)
+
+
+def test_esd_is_esd(sd):
+    """Each setting gets where erase.erase has it."""
+    settings = {"eta": 2.0, "lr": 1e-3, "iterations": 3, "batch": 2}
+    theta = esd.erase(
+        sd, {"star": "heart", "moon": "ring"}, seed=3, method="esd-u", steps=3, guidance=2.0,
+        every_step=True, **settings,
+    )
+    data = x_t(steps=3, guidance=2.0, every_step=True)
+    by_hand = erase.erase(sd, ["star", "moon"], method="esd-u", seed=3, data=data, **settings)
+    assert equal(theta, by_hand)
+
+    drawn = esd.erase(sd, {"star": ""}, drawn_for="heart", steps=3, **settings)
+    by_hand = erase.erase(sd, {"star": "heart"}, data=x_t(steps=3), **settings)
+    assert equal(drawn, by_hand)
+    assert not equal(drawn, esd.erase(sd, {"star": ""}, steps=3, **settings))
+
+
+def test_x_t_by_the_frozen_model(sd):
+    """The first x_t is the same for both models, later ones aren't."""
+    frozen = []
+
+    def data(unet, *rest, **options):
+        frozen.append(unet is sd.unet)
+        return erase.x_t_from_model(unet, *rest, **options)
+
+    def run(x_t, **more):
+        settings = STEPS | {"iterations": 3, "every_step": True} | more
+        return esd.erase(sd, {"star": ""}, x_t=x_t, data=data, **settings)
+
+    assert not equal(run("frozen"), run("edited"))
+    assert equal(run("frozen", iterations=1), run("edited", iterations=1))
+    assert frozen == [True, False] * 2
+    with pytest.raises(sample.UsageError, match="x_t is 'mine', choose edited or frozen"):
+        run("mine")
+
+
+def test_the_names_of_which_weights_are_tuned(sd):
+    names = {name for name, _ in sd.unet.named_parameters()}
+    tuned = {method: {*filter(esd.tuned_by(method), names)} for method in esd.METHODS}
+    assert tuned["full"] == names
+    assert tuned["esd-u of the paper"] == {name for name in names if "attn2" not in name}
+    assert tuned["esd-x-strict"] == {n for n in names if re.search(r"attn2\.to_[kv]", n)}
+    assert all(tuned[method] == {*filter(is_tuned, names)}
+               for method, is_tuned in erase.METHODS.items())
+
+    spared = tuned["esd-u of the paper"] - tuned["esd-u"]
+    assert spared and all(
+        re.match(r"(time_embedding|conv_norm_out|conv_out)\.", name) for name in spared
+    )
+    assert [*erase.METHODS] == ["esd-x", "esd-u"]
+    theta = esd.erase(sd, {"star": ""}, method="esd-x-strict", **STEPS)
+    assert {*theta} == tuned["esd-x-strict"]
+    assert esd.tuned_by(str.isupper) is str.isupper
+    with pytest.raises(sample.UsageError, match="method is 'esd-y', choose esd-x or esd-u or"):
+        esd.erase(sd, {"star": ""}, method="esd-y")
+
+
+def test_prompts_come_with_the_x_t_of_the_concept(sd):
+    """The anchor is the concept's own; each sample gets a prompt to keep."""
+    anchors, keep = ["heart", "ring"], ["moon", "cross", "arrow"]
+    texts = erase.texts_for(sd, ["star", "circle"], batch=2)
+    shape = (2, *sd.latent_shape)
+    batches = esd.x_t_with_prompts(
+        sd.unet, texts, shape, seeded(), sd=sd, anchors=anchors, keep=keep, steps=2
+    )
+    rng = seeded()
+    plain = erase.x_t_from_model(sd.unet, texts, shape, rng, steps=2)
+    indices, kept = set(), set()
+    for batch, by_hand in islice(zip(batches, plain), 10):
+        chosen = torch.randint(3, (2,), generator=rng)
+        assert torch.equal(batch.x_t, by_hand.x_t) and torch.equal(batch.t, by_hand.t)
+        assert batch.text.concept is by_hand.text.concept and batch.text.null is texts[0].null
+        anchor = sd.encode(anchors)[by_hand.text.index].expand(2, -1, -1)
+        assert torch.equal(batch.text.anchor, anchor)
+        assert torch.equal(batch.text.kept, sd.encode(keep)[chosen])
+        indices.add(by_hand.text.index)
+        kept.update(chosen.tolist())
+    assert indices == {0, 1} and kept == {0, 1, 2}
+
+
+# ---- its variations under it: the same as their loss and data by hand
+
+
+def test_variations_get_their_settings(sd):
+    steps, settings = {"steps": 2}, {"iterations": 1, "lr": 1e-3, "batch": 1, "seed": 1}
+    pair = {"star": "heart"}
+
+    def by_hand(loss_fn, data=x_t(steps=2), concepts=("star",), **more):
+        concepts = concepts if isinstance(concepts, dict) else [*concepts]
+        return erase.erase(sd, concepts, loss_fn=loss_fn, data=data, **settings | more)
+
+    assert equal(
+        keep_empty_prompt.erase(sd, pair, weight=2.0, **steps, **settings),
+        by_hand(partial(keep_empty_prompt.loss, weight=2.0), method="esd-u"),
+    )
+    odds = {"prior": 0.2, "largest": 5.0, "jumps": 3}
+    assert equal(
+        esd_odds.erase(sd, pair, **odds, **steps, **settings),
+        by_hand(partial(esd_odds.loss, **odds)),
+    )
+    assert equal(
+        esd_from.erase(sd, pair, wider="ring", **steps, **settings),
+        by_hand(esd_from.loss, concepts={"star": "ring"}),
+    )
+    assert equal(
+        adversarial_esd.erase(
+            sd, pair, ["moon"], weight=0.5, tokens=2, attack_steps=3, attack_lr=0.2,
+            method="esd-x", **steps, **settings,
+        ),
+        by_hand(
+            partial(adversarial_esd.loss, weight=0.5, tokens=2, steps=3, lr=0.2),
+            data=partial(adversarial_esd.data, sd=sd, keep=["moon"], steps=2),
+        ),
+    )
+
+
+@pytest.mark.parametrize("every_step", [True, False])
+def test_esd_in_contexts_takes_anchors_for_contexts(every_step, sd):
+    contexts = {"star": "", "a red star": "a red picture"}
+    settings = {"iterations": 4, "lr": 1e-3, "batch": 1}
+    theta = esd_in_contexts.erase(sd, contexts, steps=3, every_step=every_step, **settings)
+    data = partial(
+        esd_in_contexts.data, sd=sd, contexts=contexts, steps=3, every_step=every_step
+    )
+    assert equal(theta, erase.erase(sd, [*contexts], data=data, **settings))
+
+    texts = erase.texts_for(sd, [*contexts], batch=1)
+    batches = data(sd.unet, texts, (1, *sd.latent_shape), seeded())
+    drawn = [*islice(batches, 30)]
+    assert ([batch.t.item() for batch in drawn] == [667, 334, 1] * 10) == every_step
+    indices = [batch.text.index for batch in drawn]
+    trajectories = [len({*indices[i : i + 3]}) == 1 for i in range(0, 30, 3)]
+    assert all(trajectories) == every_step  # else each x_t is for a prompt of its own
+
+
+def test_concept_ablation_draws_images_of_the_anchor_first(sd):
+    settings = {"iterations": 2, "lr": 1e-3, "batch": 2, "seed": 1}
+    theta = concept_ablation.erase(
+        sd, {"star": "heart"}, images=3, image_steps=2, image_guidance=3.0, **settings
+    )
+    images = sample.generate(sd, ["heart"], num=3, seed=1, steps=2, guidance=3.0)
+    data = partial(concept_ablation.data, latents=sd.encode_images(images))
+    by_hand = erase.erase(
+        sd, {"star": "heart"}, method=uce.keys_and_values, loss_fn=concept_ablation.loss,
+        data=data, **settings,
+    )
+    assert equal(theta, by_hand)
+    with pytest.raises(sample.UsageError, match="erases one concept, not 2"):
+        concept_ablation.erase(sd, {"star": "heart", "moon": "heart"})
+    with pytest.raises(TypeError, match="steps"):
+        concept_ablation.erase(sd, {"star": "heart"}, steps=2, images=1, image_steps=1)
+
+
+# ---- SalUn
+
+
+def prompts(batch: int, *values: float) -> esd.Prompts:
+    return esd.Prompts(*features(batch, *values))
+
+
+def mean_of(c: Tensor, x_t: Tensor) -> Tensor:
+    return torch.ones_like(x_t) * c[:, :1, :1, None]
+
+
+def test_the_loss_of_salun_by_hand():
+    """The model in training predicts twice the features: 6, and 20 for the anchor."""
+    text = prompts(2, 3.0, 1.0, 10.0, 5.0)
+    weight = torch.tensor(2.0, requires_grad=True)
+
+    def student(x_t, t, c):
+        assert torch.is_grad_enabled() == (c is not text.anchor)
+        return weight * mean_of(c, x_t)
+
+    def teacher(x_t, t, c):
+        assert c is text.kept and not torch.is_grad_enabled()
+        return mean_of(c, x_t)
+
+    batch = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), text
+    loss = salun.loss(student, teacher, *batch, beta=0.1)
+    assert loss.tolist() == pytest.approx([(6 - 20) ** 2 + 0.1 * (10 - 5) ** 2] * 2)
+    loss.mean().backward()
+    expected = 2 * (6 - 20) * 3 + 0.1 * 2 * (10 - 5) * 5
+    assert weight.grad.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 1.0])
+def test_the_mask_is_the_largest_gradients(fraction, sd):
+    texts = erase.texts_for(sd, ["star"], batch=1)
+    batches = [*islice(esd.x_t_with_prompts(
+        sd.unet, texts, (1, *sd.latent_shape), seeded(), sd=sd, anchors=["heart"], steps=2
+    ), 3)]
+    mask = salun.saliency_mask(sd, "esd-x", batches, fraction)
+
+    theta = erase.trainable_copies(sd.unet, "esd-x")
+    unet = erase.with_theta(sd.unet, theta)
+    for x_t, t, text in batches:
+        with torch.no_grad():
+            target = sd.unet(x_t, t, text.anchor)
+        (unet(x_t, t, text.concept) - target).square().mean().backward()
+    gradients = torch.cat([W.grad.abs().flatten() for W in theta.values()])
+    chosen = torch.cat([mask[name].flatten() for name in theta])
+
+    count = max(1, round(fraction * len(gradients)))
+    assert abs(chosen.sum().item() - count) <= 2
+    if fraction < 1:
+        assert gradients[chosen].min() > 0.99 * gradients[~chosen].max()
+
+
+def test_salun_moves_only_what_the_mask_has(sd, monkeypatch):
+    masks = []
+    make = salun.saliency_mask
+    monkeypatch.setattr(
+        salun, "saliency_mask", lambda *inputs: masks.append(make(*inputs)) or masks[-1]
+    )
+    theta = salun.erase(sd, {"star": "heart"}, ["moon"], fraction=0.3, mask_batches=2, **STEPS)
+    (mask,), start = masks, sample.unet_tensors(sd)
+    assert {*theta} == {*start}
+    changed = {name: theta[name] != start[name] for name in theta}
+    assert not any((changed[name] & ~mask[name]).any() for name in theta)
+    share = sum(each.sum() for each in changed.values()) / sum(W.numel() for W in theta.values())
+    assert 0.25 < share < 0.31
+
+
+# ---- Forget-Me-Not
+
+
+def test_the_tokens_of_forget_me_not(sd):
+    """"a red star" is start, a, red, star, end, padding."""
+    assert forget_me_not.tokens_of(sd, "a red star", end=False) == [1, 2, 3]
+    assert forget_me_not.tokens_of(sd, "a red star", end=True) == [1, 2, 3, 4]
+
+
+def test_attention_maps_are_those_of_the_layers(sd):
+    """With them, the values give each layer's output. No hook is left."""
+    x_t = torch.randn(2, *sd.latent_shape, generator=seeded())
+    c = sd.encode(["a star", "moon"])
+    theta = {}
+    for name, W in erase.trainable_copies(sd.unet, "esd-x").items():
+        theta[name] = W.detach() + 0.1 * torch.randn(W.shape, generator=seeded())
+    unet = erase.with_theta(sd.unet, theta)
+    names = {m: name for name, m in sd.unet.named_modules() if name.endswith("attn2")}
+
+    called, values, outputs = [], [], []
+
+    def keep_output(layer, inputs, output):
+        called.append(names[layer])
+        values.append(layer.to_v(inputs[1]))
+        outputs.append(output)
+
+    hooks = [layer.register_forward_hook(keep_output) for layer in names]
+    with torch.no_grad():
+        maps = forget_me_not.attention_maps(sd, unet, x_t, torch.tensor([501, 21]), c)
+    for hook in hooks:
+        hook.remove()
+
+    assert sorted(called) == sorted(names.values()) and len(maps) == len(called)
+    for name, attention, v, output in zip(called, maps, values, outputs):
+        assert attention.shape[:2] == (2, sd.unet.config.heads) and attention.shape[3] == 77
+        heads = v.unflatten(-1, (sd.unet.config.heads, -1)).transpose(1, 2)
+        together = (attention @ heads).transpose(1, 2).flatten(2)
+        W, b = (theta[f"{name}.to_out.0.{part}"] for part in ("weight", "bias"))
+        torch.testing.assert_close(output, (together @ W.T + b).detach(), atol=1e-5, rtol=1e-4)
+    assert not any(layer._forward_hooks for layer in names)
+
+
+def test_the_loss_of_forget_me_not_is_the_norm_at_the_concepts_tokens(sd, monkeypatch):
+    maps = [torch.rand(2, 4, n, 77, generator=seeded(n), requires_grad=True) for n in (4, 16)]
+    monkeypatch.setattr(forget_me_not, "attention_maps", lambda *inputs: maps)
+    text = erase.texts_for(sd, ["star", "moon"], batch=2)[1]
+    loss = forget_me_not.loss(
+        None, None, None, None, text, sd=sd, tokens=[[1], [2, 5]]
+    )
+    squares = sum(each[:, :, :, [2, 5]].square().sum(dim=(1, 2, 3)) for each in maps)
+    torch.testing.assert_close(loss, squares.sqrt())
+
+
+def test_forget_me_not_lowers_the_attention_to_the_concept(sd):
+    (text,) = erase.texts_for(sd, ["star"], batch=2)
+    x_t = torch.randn(2, *sd.latent_shape, generator=seeded(5))
+    settings = {"method": "esd-x", "iterations": 8, "batch": 2, "steps": 2}
+    theta = forget_me_not.erase(sd, {"star": ""}, lr=1e-3, end=False, **settings)
+    losses = [
+        forget_me_not.loss(
+            unet, None, x_t, torch.tensor([501, 21]), text, sd=sd, tokens=[[1]]
+        )
+        for unet in (sd.unet, erase.with_theta(sd.unet, theta))
+    ]
+    assert (losses[1] < losses[0]).all()
+
+
+# ---- SPEED
+
+
+def test_the_null_space_of_speed():
+    """The singular values of C_0 C_0^T / 4 are 4, 1 and 0.01."""
+    basis, _ = torch.linalg.qr(columns(0, 3, dim=3))
+    signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1]]).double() / 2
+    C_0 = basis @ torch.diag(torch.tensor([16.0, 4.0, 0.04]).double().sqrt()) @ signs
+    low, middle = basis[:, 2:], basis[:, 1:2]
+    torch.testing.assert_close(speed.null_space(C_0, 0.1), low @ low.T)
+    torch.testing.assert_close(speed.null_space(C_0, 2.0), low @ low.T + middle @ middle.T)
+
+
+def test_speed_is_the_minimum_and_keeps_what_it_must():
+    """Against the same minimum by least squares, in coordinates that obey the constraints."""
+    W, C_1, C_s, C_2 = columns(0, 9, dim=4), columns(1, 3, 9), columns(2, 3, 9), columns(3, 2, 9)
+    C_0 = columns(4, 3, 9)
+    P = speed.null_space(C_0, 1e-9)
+    found = speed.edited(W, C_1, C_s=C_s, C_2=C_2, P=P).double()
+    torch.testing.assert_close(found @ C_0, W @ C_0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found @ C_2, W @ C_2, atol=1e-5, rtol=0)
+
+    U, _, _ = torch.linalg.svd(torch.cat([C_0, C_2], dim=1))
+    N = U[:, 5:]  # D P = Z N^T for any Z
+    system = torch.cat([(N.T @ C_1).T, torch.eye(4)])
+    target = torch.cat([(W @ C_s - W @ C_1).T, torch.zeros(4, 4)])
+    Z = torch.linalg.lstsq(system, target.double()).solution.T
+    torch.testing.assert_close(found, W + Z @ N.T, atol=1e-5, rtol=0)
+
+
+def test_speed_edits_values_alone(sd):
+    theta = speed.erase(sd, {"star": "heart"}, ["moon", "a ring"], threshold=0.05)
+    names = {name for name, _ in sd.unet.named_parameters()}
+    assert {*theta} == {name for name in names if "attn2.to_v" in name}
+
+    kept = [sd.encode([prompt])[0, first:].double().T for prompt, first in
+            (("moon", 1), ("a ring", 2))]
+    empty = sd.encode([""])[0].double().T
+    tokens = uce.tokens(sd, {"star": "heart"}, [])
+    name, W = next(iter(theta.items()))
+    C_2 = torch.stack([empty[:, 0], empty[:, 1:].mean(dim=1)], dim=1)
+    P = speed.null_space(torch.cat(kept, dim=1), 0.05)
+    by_hand = speed.edited(sd.unet.get_parameter(name), tokens.c_e, tokens.c_g, C_2=C_2, P=P)
+    assert torch.equal(W, by_hand)
+
+
+# ---- SPM, and the LoRA
+
+
+def test_the_loss_of_spm_by_hand():
+    """The teacher predicts 3, 10 for the anchor, 5 for random features; the student 1 more."""
+    text = prompts(2, 3.0, 1.0, 10.0, 5.0)
+
+    def student(x_t, t, c):
+        assert torch.is_grad_enabled()
+        return mean_of(c, x_t) + 1
+
+    def teacher(x_t, t, c):
+        assert not torch.is_grad_enabled()
+        return mean_of(c, x_t)
+
+    batch = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), text
+    loss = spm.loss(student, teacher, *batch, eta=0.5, strength=7.0)
+    target = 10 - 0.5 * (3 - 10)
+    assert loss.tolist() == pytest.approx([(4 - target) ** 2 + 7 * 1] * 2)
+
+
+def test_random_features_are_as_long_as_the_concepts(sd):
+    texts = erase.texts_for(sd, ["star"], batch=3)
+    batches = spm.data(
+        sd.unet, texts, (3, *sd.latent_shape), seeded(), sd=sd, anchors=["heart"], steps=2
+    )
+    ratios = []
+    for batch in islice(batches, 10):
+        r, c = batch.text.kept, batch.text.concept
+        ratios += (r.norm(dim=(1, 2)) / c.norm(dim=(1, 2))).tolist()
+        assert torch.cosine_similarity(r.flatten(1), c.flatten(1)).abs().max() < 0.1
+    assert 0.8 <= min(ratios) < 0.9 and 1.1 < max(ratios) <= 1.2
+
+
+@pytest.mark.parametrize("module, rank", [(spm, 1), (lora, 4)])
+def test_an_adapter_has_its_rank(module, rank, sd):
+    theta = module.erase(sd, {"star": "heart"}, **STEPS | {"iterations": 2, "lr": 0.1})
+    start = sample.unet_tensors(sd)
+    if module is spm:
+        matrices = {n for n, W in start.items() if ".attentions." in n and W.ndim > 1}
+        assert any(start[name].ndim == 4 for name in matrices)
+    else:
+        matrices = {*filter(uce.keys_and_values, start)}
+    assert {*theta} == matrices == moved(sd, theta)
+    for name, W in theta.items():
+        difference = (W - start[name]).flatten(1).double()
+        assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= rank
+
+
+def test_the_example_of_a_strangers_method_is_short():
+    lines = inspect.getsource(lora.erase).splitlines()
+    assert sum(1 for line in lines if line.strip()) <= 25
 
 
 # ---- Safe Latent Diffusion

@@ -1,9 +1,6 @@
 r"""ESD against learned prompts: attacks the model before each step, and erases what it found.
 
-    data = partial(adversarial_esd.data, sd=sd, keep=["a heart", "a moon"])
-    theta = erase.erase(
-        sd, ["star"], method="esd-u", loss_fn=adversarial_esd.loss, data=data
-    )
+    theta = adversarial_esd.erase(sd, {"star": ""}, keep=["a heart", "a moon"])
 
     python erase.py "star" --method esd-u --loss notebooks.methods.adversarial_esd:loss \
         --data notebooks.methods.adversarial_esd:data
@@ -14,13 +11,14 @@ learned tokens after the prompt's). The term for prompts to keep: Zhang et al.,
 delta the learned tokens, p a prompt to keep.
 """
 
+import functools
 from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
 
-import erase
-from erase import Batch, Text
+from erase import Batch, Text, esd_target, x_t_from_model
+from notebooks.methods import esd
 from sample import StableDiffusion, UsageError
 
 
@@ -75,7 +73,7 @@ def loss(
     attacked = attack(
         unet, eps_c, x_t, t, text.concept, tokens=tokens, steps=steps, lr=lr
     )
-    error = unet(x_t, t, attacked) - erase.esd_target(eps_null, eps_c, eta)
+    error = unet(x_t, t, attacked) - esd_target(eps_null, eps_c, eta)
     drift = unet(x_t, t, p) - eps_p
     return (error.square() + weight * drift.square()).mean(dim=(1, 2, 3))
 
@@ -90,10 +88,28 @@ def data(
     keep: prompts; each sample gets a random one.
     """
     features = sd.encode([*keep])  # (P, 77, 768)
-    batches = erase.x_t_from_model(
+    batches = x_t_from_model(
         unet, texts, shape, rng, steps=steps, guidance=guidance, every_step=every_step
     )
 
     for x_t, t, text in batches:
         chosen = torch.randint(len(keep), shape[:1], generator=rng)
         yield Batch(x_t, t, text._replace(anchor=features[chosen]))
+
+
+def erase(
+    sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (), seed: int = 0,
+    method: str = "esd-u", weight: float = 0.3,
+    tokens: int = 16, attack_steps: int = 50, attack_lr: float = 0.1, **settings,
+) -> dict[str, Tensor]:
+    """Returns theta by name. settings: see `esd.erase`.
+
+    keep: prompts to keep; without any, the empty one is. Anchors aren't used.
+    """
+    loss_fn = functools.partial(
+        loss, weight=weight, tokens=tokens, steps=attack_steps, lr=attack_lr
+    )
+    kept = functools.partial(data, sd=sd, keep=[*keep] or [""])
+    return esd.erase(
+        sd, concepts, seed=seed, method=method, loss_fn=loss_fn, data=kept, **settings
+    )

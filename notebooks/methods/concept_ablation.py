@@ -1,25 +1,24 @@
 """Concept ablation as published: the concept becomes its anchor, learned on the anchor's images.
 
-    images = sample.generate(sd, ["a circle"], num=200, steps=20)
-    data = partial(concept_ablation.data, latents=sd.encode_images(images))
-    theta = erase.erase(
-        sd, {"star": "circle"}, method=uce.keys_and_values,
-        loss_fn=concept_ablation.loss, data=data,
-    )
+    theta = concept_ablation.erase(sd, {"star": "circle"}, image_steps=20)
 
 Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models", ICCV 2023,
 https://arxiv.org/abs/2303.13516 (eq. 5, and its code). It tunes the keys and values of
 cross-attention. Symbols as in erase.py; a is the anchor.
 """
 
-from typing import Callable, Iterator
+import functools
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
 
 import ddim
+import erase as training
+import sample
 from erase import Batch, Text
-from sample import UsageError
+from notebooks.methods import esd
+from sample import StableDiffusion, UsageError
 
 
 def loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
@@ -35,6 +34,12 @@ def loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
     return (eps - target).square().mean(dim=(1, 2, 3))
 
 
+def check_single(concepts: Sequence) -> None:
+    """Raises UsageError unless there is one concept, given as prompts or texts."""
+    if len(concepts) != 1:
+        raise UsageError(f"concept ablation erases one concept, not {len(concepts)}")
+
+
 def data(
     unet: Callable, texts: list[Text], shape: tuple[int, ...], rng: Generator,
     latents: Tensor,
@@ -44,9 +49,7 @@ def data(
     latents: the images, (N, 4, H, W), for the only one of the texts. unet isn't used.
     Raises UsageError for several texts.
     """
-    if len(texts) != 1:
-        raise UsageError(f"concept ablation erases one concept, not {len(texts)}")
-
+    check_single(texts)
     abar = ddim.alphas_cumprod()
     while True:
         chosen = torch.randint(len(latents), shape[:1], generator=rng)
@@ -55,3 +58,25 @@ def data(
 
         x_t = ddim.add_noise(latents[chosen], noise, abar[t])
         yield Batch(x_t, t.to(x_t.device), texts[0])
+
+
+def erase(
+    sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (), seed: int = 0,
+    method: str = "esd-x-strict", images: int = 200, image_steps: int = 50,
+    image_guidance: float = 7.5, iterations: int = 100, **settings,
+) -> dict[str, Tensor]:
+    """Returns theta by name. settings: those of `erase.erase`, such as lr and batch.
+
+    concepts: one {prompt: anchor}, of which so many images are drawn first, from seed.
+    keep isn't used. Raises UsageError for several concepts.
+    """
+    check_single(concepts)
+    drawn = sample.generate(
+        sd, [*concepts.values()], num=images, seed=seed,
+        steps=image_steps, guidance=image_guidance,
+    )
+    latents = sd.encode_images(drawn)
+    return training.erase(
+        sd, concepts, method=esd.tuned_by(method), seed=seed, iterations=iterations,
+        loss_fn=loss, data=functools.partial(data, latents=latents), **settings,
+    )

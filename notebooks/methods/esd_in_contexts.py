@@ -1,31 +1,30 @@
 """ESD for a concept's name in contexts, too: "a red star" loses the star and stays red.
 
-    contexts = {"star": "", "a red star": "a red picture"}
-    data = partial(esd_in_contexts.data, sd=sd, contexts=contexts)
-    theta = erase.erase(sd, [*contexts], data=data)
+    theta = esd_in_contexts.erase(sd, {"star": "", "a red star": "a red picture"})
 
 Our variation. With Eq. 6 alone, "a red star" would move away from red as well, so its
 context takes the place of the empty prompt there. Symbols as in erase.py; k is the
 context.
 """
 
+import functools
 import itertools
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
-import erase
-from erase import Batch, Text
+from erase import Batch, Text, x_t_from_model
+from notebooks.methods import esd
 from sample import StableDiffusion, UsageError
 
 
 def data(
     unet: Callable, texts: list[Text], shape: tuple[int, ...], rng: Generator,
     sd: StableDiffusion, contexts: dict[str, str],
-    steps: int = 50, guidance: float = 3.0,
+    steps: int = 50, guidance: float = 3.0, every_step: bool = True,
 ) -> Iterator[Batch]:
-    """Yields every x_t of trajectories, each for a random prompt, with k as text.null.
+    """Yields x_t of trajectories, each for a random prompt, with k as text.null.
 
     So x_t is drawn as in the paper, with the empty prompt, but Eq. 6 has the target
 
@@ -40,9 +39,24 @@ def data(
     features = sd.encode([*contexts.values()])  # (C, 77, 768)
     while True:
         i = torch.randint(len(texts), (1,), generator=rng).item()
-        trajectory = erase.x_t_from_model(
+        batches = x_t_from_model(
             unet, [texts[i]], shape, rng,
-            steps=steps, guidance=guidance, every_step=True,
+            steps=steps, guidance=guidance, every_step=every_step,
         )
-        for x_t, t, text in itertools.islice(trajectory, steps):
+        for x_t, t, text in itertools.islice(batches, steps if every_step else 1):
             yield Batch(x_t, t, text._replace(null=features[i].expand_as(text.null)))
+
+
+def erase(
+    sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (), seed: int = 0,
+    every_step: bool = True, **settings,
+) -> dict[str, Tensor]:
+    """Returns theta by name. settings: see `esd.erase`.
+
+    concepts: {prompt: anchor}; the anchor is k, the same prompt without the concept. keep
+    isn't used.
+    """
+    contexts = functools.partial(data, sd=sd, contexts=concepts)
+    return esd.erase(
+        sd, concepts, seed=seed, data=contexts, every_step=every_step, **settings
+    )

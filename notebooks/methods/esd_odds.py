@@ -1,20 +1,22 @@
 """ESD whose strength is the posterior odds of the concept: Eq. 6 with an eta for each x_t.
 
-    theta = erase.erase(sd, ["star"], loss_fn=partial(esd_odds.loss, prior=0.1))
+    theta = esd_odds.erase(sd, {"star": "a picture"}, prior=0.1)
 
 Our variation. Where eta is p_t(c|x_t) / (1 - p_t(c|x_t)), Eq. 6's target is the eps of a
 model that never saw the concept, to be drawn with guidance 1. As guidance: Koulischer et
 al., "Dynamic Negative Guidance", https://arxiv.org/abs/2410.14398. Symbols as in erase.py.
 """
 
-from typing import Callable
+import functools
+from typing import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
 import ddim
-import erase
-from erase import Text
+from erase import Text, esd_loss
+from notebooks.methods import esd
+from sample import StableDiffusion
 
 
 @torch.no_grad()
@@ -57,4 +59,13 @@ def loss(
     ratio = log_ratio(frozen, x_t, t, text.concept, null=text.null, jumps=jumps)
     p = (prior * ratio.exp()).clamp(max=largest / (1 + largest))
     odds = ddim.per_sample(p / (1 - p), x_t)
-    return erase.esd_loss(unet, frozen, x_t, t, text, eta * odds)
+    return esd_loss(unet, frozen, x_t, t, text, eta * odds)
+
+
+def erase(
+    sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (), seed: int = 0,
+    prior: float = 0.1, largest: float = 3.0, jumps: int = 8, **settings,
+) -> dict[str, Tensor]:
+    """Returns theta by name. Anchors and keep aren't used; settings: see `esd.erase`."""
+    loss_fn = functools.partial(loss, prior=prior, largest=largest, jumps=jumps)
+    return esd.erase(sd, concepts, seed=seed, loss_fn=loss_fn, **settings)

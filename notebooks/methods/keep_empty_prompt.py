@@ -1,22 +1,24 @@
 """ESD that keeps the empty prompt's prediction, so that guidance doesn't bring a concept back.
 
-    theta = erase.erase(sd, ["circle"], method="esd-u", loss_fn=keep_empty_prompt.loss)
+    theta = keep_empty_prompt.erase(sd, {"circle": "a picture"}, iterations=1500)
 
     python erase.py "circle" --method esd-u --loss notebooks.methods.keep_empty_prompt:loss
 
 Our variation. Eq. 6 says nothing of eps_theta(x_t, t), and ESD-u moves it, too: images are
 drawn with eps_null + g (eps_c - eps_null), in which the concept can come back as g grows.
-A step has two aims, so take half as many again: 240 for notebooks/toy/flags. What a prompt
+A step has two aims, so take half as many steps again: on the miniature, 240. What a prompt
 implies without its name isn't erased any better. Symbols as in erase.py.
 """
 
-from typing import Callable
+import functools
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-import erase
-from erase import Text
+from erase import Text, esd_target
+from notebooks.methods import esd
+from sample import StableDiffusion
 
 
 def loss(
@@ -32,8 +34,17 @@ def loss(
     """
     with torch.no_grad():
         eps_null = frozen(x_t, t, text.null)
-        target = erase.esd_target(eps_null, frozen(x_t, t, text.concept), eta)
+        target = esd_target(eps_null, frozen(x_t, t, text.concept), eta)
 
     error = unet(x_t, t, text.concept) - target
     drift = unet(x_t, t, text.null) - eps_null
     return (error.square() + weight * drift.square()).mean(dim=(1, 2, 3))
+
+
+def erase(
+    sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (), seed: int = 0,
+    method: str = "esd-u", weight: float = 1.0, **settings,
+) -> dict[str, Tensor]:
+    """Returns theta by name. Anchors and keep aren't used; settings: see `esd.erase`."""
+    loss_fn = functools.partial(loss, weight=weight)
+    return esd.erase(sd, concepts, seed=seed, method=method, loss_fn=loss_fn, **settings)

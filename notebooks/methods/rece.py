@@ -30,14 +30,14 @@ def adversarial(
 
 
 def erase(
-    sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (),
+    sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (), seed: int = 0,
     rounds: int = 1, lam: float = 0.1, adversary_lam: float = 1e-3,
 ) -> dict[str, Tensor]:
     """Returns the edited weights by name: UCE's, then `rounds` edits that each erase c'.
 
-    concepts: {prompt: guide}; keep: prompts that stay. The smaller adversary_lam, the
-    further c' may be from any real prompt. The defaults are its code's for styles and
-    objects; for nudity, the code has 3 rounds and 0.1.
+    concepts: {prompt: guide}; keep: prompts that stay. seed isn't used: nothing is random.
+    The smaller adversary_lam, the further c' may be from any real prompt. The defaults
+    are its code's for styles and objects; for nudity, the code has 3 rounds and 0.1.
     """
     theta = uce.erase(sd, concepts, keep=keep, lam=lam)
     weights = sample.unet_tensors(sd)

@@ -94,12 +94,12 @@ def keep_weight(keep: Sequence[str]) -> float:
 
 
 def erase(
-    sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (),
+    sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (), seed: int = 0,
     lam: float = 0.1,
 ) -> dict[str, Tensor]:
     """Returns the edited weights by name.
 
-    concepts: {prompt: guide}; keep: prompts that stay.
+    concepts: {prompt: guide}; keep: prompts that stay. seed isn't used: nothing is random.
     """
     c_e, c_g, c_p = tokens(sd, concepts, keep)
     s = keep_weight(keep)
