@@ -1,5 +1,6 @@
-"""notebooks/toy: the world, its tokenizer, resuming a training, the distance, the shipped model."""
+"""notebooks/toy: the world, its tokenizer, resuming a training, the judge, the shipped model."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from transformers import CLIPTokenizer
 
 import erase
 import sample
+from notebooks.experiments import models
 from notebooks.tools import export
-from notebooks.toy import judge, measure, train, world
+from notebooks.toy import judge, train, world
 from support import commands
 
 TOY = "notebooks/toy/model"
@@ -257,110 +259,24 @@ def test_all_stages_run_and_give_a_model_that_loads(tmp_path, monkeypatch):
     assert checkpoints == {"vae", "text", "unet", "unet-again", "judge"}
 
 
-# ---- measuring
+# ---- settings, and the judge
 
 
-def test_frechet_distance_of_gaussians():
-    """Of N(0, diag(1, 4)) and N((3, 0), diag(4, 4)) it is 9 + (1 - 2)^2 = 10."""
-    a = seeded().standard_normal((200_000, 2)) * (1, 2)
-    b = seeded(1).standard_normal((200_000, 2)) * (2, 2) + (3, 0)
-    assert measure.frechet(a, b) == pytest.approx(10, rel=0.02)
-    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
-
-
-def test_the_settings_of_a_file_that_erase_wrote(folder, tmp_path):
-    """They are the flags file's, which Python reads alike, and name what was erased."""
+def test_the_flags_file_is_read_alike_by_the_command_and_from_python(folder, tmp_path):
     file = tmp_path / "dots.safetensors"
     commands.run(
         erase.main, "a picture in the style of dots", "@notebooks/toy/flags",
         f"--model={folder}", "--iterations=1", f"--out={file}",
     )
-    settings = measure.settings_of(file)
-    assert settings["names"] == ["dots"]
-    assert settings["method"] == "esd-x"
-    assert settings["iterations"] == 1
+    _, metadata = sample.read_tensors(file)
+    saved = json.loads(metadata["settings"])
 
-    flags = measure.flags()
-    assert {*flags} == {"lr", "iterations", "batch", "data"}
-    assert settings["lr"] == flags["lr"]
-    assert settings["batch"] == flags["batch"]
-    of_data = flags["data"].keywords
-    assert {*of_data} == {"steps", "every_step"}
-    assert settings["steps"] == of_data["steps"]
-    assert settings["every_step"] == of_data["every_step"]
-
-
-@pytest.fixture
-def erased_file(tmp_path, toy):
-    """Writes erased weights with some settings in the metadata, or with other metadata."""
-
-    def write(settings=None, **metadata):
-        file = tmp_path / "erased.safetensors"
-        theta = {"conv_in.bias": toy.unet.conv_in.bias}
-        if settings is None:
-            save_file(theta, file, metadata)
-        else:
-            erase.save(theta, file, settings, toy)
-        return file
-
-    return write
-
-
-def test_the_official_codes_metadata(erased_file):
-    file = erased_file(erase_concept="star, a red heart", train_method="esd-x")
-    settings = measure.settings_of(file)
-    assert settings["names"] == ["star", "heart"]
-    assert settings["method"] == "esd-x"
-
-
-@pytest.mark.parametrize(
-    "settings, metadata",
-    [
-        (None, {}),
-        (None, {"format": "pt"}),
-        (None, {"train_method": "esd-x"}),
-        (None, {"erase_concept": ""}),
-        ({"method": "esd-x"}, {}),
-        ({"concepts": []}, {}),
-    ],
-)
-def test_a_file_that_does_not_say_what_it_erases(erased_file, capsys, settings, metadata):
-    """A line says what to add, before a model draws anything; with that, it is measured."""
-    file = erased_file(settings, **metadata)
-    line = commands.refusal(capsys, measure.main, "erased", file)
-    assert line.endswith("erased.safetensors doesn't say what it erases: add --concept NAME")
-    assert measure.settings_of(file, ["star"])["names"] == ["star"]
-
-
-def test_a_file_made_from_an_erased_model(erased_file):
-    """It says what was erased last, and only the path of what was erased before."""
-    file = erased_file({"concepts": ["heart"], "erased": ["star.safetensors"]})
-    with pytest.raises(sample.UsageError, match="name all that is erased, with --concept"):
-        measure.settings_of(file)
-    assert measure.settings_of(file, ["star", "heart"])["names"] == ["star", "heart"]
-
-
-@pytest.mark.parametrize("concept", ["hexagon", "a star in the style of dots", "plain", ""])
-def test_a_concept_that_the_judge_cannot_tell_is_refused(erased_file, concept):
-    file = erased_file({"concepts": [concept]})
-    with pytest.raises(sample.UsageError, match="isn't one object or one style"):
-        measure.settings_of(file)
-
-
-def test_the_command_prints_a_row_for_each_concept(erased_file, monkeypatch, capsys):
-    """With empty cells for the settings that a file of others doesn't have."""
-    monkeypatch.setattr(measure, "all_answers", lambda sampler, judge: answers())
-    file = erased_file(train_method="esd-u")
-    commands.run(measure.main, "erased", file, "--concept", "star", "heart")
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row[:30] for row in rows] == [
-        "| erased | star |  |  |  |  | ",
-        "| erased | heart |  |  |  |  |",
-    ]
-
-    erased_file({"concepts": "star", "seed": 0, "eta": 0.5})
-    commands.run(measure.main, "erased", file)
-    assert "| star |  | 0.5 | 0 |  | 100.0 |" in capsys.readouterr().out
+    flags = models.flags()
+    assert {*flags} == {"lr", "iterations", "batch", "steps", "first"}
+    assert saved["data"] == "notebooks.methods.key_steps:data" and flags["first"] == 4
+    assert saved["iterations"] == 1
+    for name in flags.keys() - {"iterations", "first"}:
+        assert saved[name] == flags[name], name
 
 
 def test_a_judge_of_other_shapes_is_refused(tmp_path):
@@ -368,61 +284,6 @@ def test_a_judge_of_other_shapes_is_refused(tmp_path):
     save_file({"neck.bias": torch.zeros(3)}, tmp_path / "judge" / "model.safetensors")
     with pytest.raises(sample.UsageError, match="doesn't fit the judge"):
         judge.load(tmp_path)
-
-
-def answers(seen_as=lambda wanted: wanted):
-    """Two images of each class, seen as `seen_as` says; a bare name's come as mosaics."""
-    bare = [{"object": o} for o in world.OBJECTS]
-    styled = [{"object": o, "style": s} for o in world.OBJECTS for s in world.STYLES[1:]]
-    coloured = [{"object": o, "colour": c} for o in world.OBJECTS for c in world.COLOURS]
-    look = {"object": None, "style": "mosaic", "colour": None}
-
-    kinds = []
-    for kind in (bare, styled, coloured):
-        kinds.append([measure.Look(wanted, look | seen_as(wanted)) for wanted in kind * 2])
-    return measure.Answers(*kinds)
-
-
-def test_the_row_of_an_erasure():
-    """Of the erased object one of two is left; half of the circles and all neon are lost."""
-    settings = {"names": ["star"], "method": "esd-x", "eta": 0.5, "seed": 3, "iterations": 7}
-    stars = iter(["star", "moon"] + 10 * ["star"] + 12 * ["moon"])  # bare, styled, coloured
-
-    def seen_as(wanted):
-        if wanted["object"] == "star":  # what becomes of its styles and colours doesn't count
-            return {"object": next(stars)}
-        return wanted | {"style": "dots"} if wanted.get("style") == "neon" else wanted
-
-    after = answers(seen_as)
-    after.object[0].seen["object"] = "square"  # world.OBJECTS begins with the circle
-    row = measure.erased_row(Path("a.safetensors"), answers(), after, settings, "star")
-    kept_objects = (8 + 0.5) / 9
-    kept_styles = 4 / 5  # "a square" that comes as a mosaic costs none
-    assert row == (
-        "| a | star | esd-x | 0.5 | 3 | 7 | 100.0 | 50.0 | 45.5 "
-        f"| {100 * kept_objects:.1f} | {100 * kept_styles:.1f} | 100.0 | neon 0.0 | 1 moon |"
-    )
-
-
-def test_the_rows_of_two_concepts_erased_together():
-    """Neither counts among what is kept, nor do the styles and colours of either."""
-    settings = {"names": ["star", "heart"]}
-
-    def seen_as(wanted):
-        lost = {"object": "moon", "style": None, "colour": None}
-        if wanted["object"] == "star":
-            return lost
-        return lost | {"object": "heart"} if wanted["object"] == "heart" else wanted
-
-    after = answers(seen_as)
-    rows = []
-    for concept in settings["names"]:
-        rows.append(measure.erased_row(Path("a"), answers(), after, settings, concept))
-    kept = "100.0 | 100.0 | 100.0 | circle 100.0"
-    assert rows == [
-        f"| a | star |  |  |  |  | 100.0 | 0.0 | 0.0 | {kept} | 2 moon |",
-        f"| a | heart |  |  |  |  | 100.0 | 100.0 | 100.0 | {kept} |  |",
-    ]
 
 
 def test_labels_of_nothing_are_the_last_class():

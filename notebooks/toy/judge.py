@@ -87,3 +87,9 @@ def read(judge: Judge, images: list[Image.Image]) -> list[dict[str, str | None]]
             look[head] = (*names, None)[i]
         looks.append(look)
     return looks
+
+
+@torch.no_grad()
+def features(judge: Judge, images: list[Image.Image]) -> np.ndarray:
+    """Returns the judge's features of images, (N, 96), in float64, for Frechet distances."""
+    return judge.features(to_tensor(images)).double().numpy()

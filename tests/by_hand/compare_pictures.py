@@ -3,7 +3,8 @@
 diffusers isn't part of this project. From the repository's root:
 
     pip install diffusers==0.42.1 peft
-    python -m tests.by_hand.compare_pictures --model notebooks/toy/model --erased runs/star.safetensors
+    python -m tests.by_hand.compare_pictures --model notebooks/toy/model \\
+        --erased runs/star.safetensors
 """
 
 import argparse

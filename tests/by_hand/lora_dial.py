@@ -1,8 +1,8 @@
 """Draws notebooks/tools/dial.png: a LoRA's weight as a dial from nothing erased to more than all.
 
     python erase.py star @notebooks/toy/flags --out runs/star-0.safetensors
-    python -m notebooks.tools.export runs/star-0.safetensors --as lora --model notebooks/toy/model \\
-        --out runs/star-lora.safetensors
+    python -m notebooks.tools.export runs/star-0.safetensors --as lora \\
+        --model notebooks/toy/model --out runs/star-lora.safetensors
     python -m tests.by_hand.lora_dial
 """
 

@@ -1,0 +1,644 @@
+"""The one way to draw, judge and count: models, what they are asked, and their answers.
+
+An experiment (objects.py is a short one) has models, concepts and asks. `grid` makes a
+cell of each combination, for each seed; `run.py` answers the cells that aren't stored,
+and gives `Answers` to the experiment's table. A seed is one of the erasure and of the
+images: with the same seed, the i-th images of all models have the same prompt and start
+from the same noise, so they can be compared in pairs.
+
+All of a cell's settings are stored with its answer, the code of a method as a checksum.
+An answer whose settings have changed is never taken; one that another experiment has
+is never computed again.
+"""
+
+import ast
+import contextlib
+import functools
+import inspect
+import json
+import sys
+import time
+import types
+import zlib
+from pathlib import Path
+from typing import Callable, Iterable, NamedTuple
+
+from PIL import Image
+
+import erase
+import sample
+from notebooks.experiments.stats import Share
+from notebooks.methods import safe_latent_diffusion
+from notebooks.toy import judge as judging
+from notebooks.toy import world
+from notebooks.toy.world import with_article
+from sample import StableDiffusion, UsageError
+
+ROOT = Path(__file__).parents[2]
+TOY = Path("notebooks/toy/model")
+SAMPLING = {"steps": 10, "guidance": 5.0, "batch": 50}
+SEEDS = (0, 1, 2)
+STYLES = world.STYLES[1:]  # no words ask for plain
+KINDS = {"object": world.OBJECTS, "style": STYLES}  # what a concept can be
+LETTERS = "abcdefghijk"  # of the judge's classes, in their order
+
+
+# ---- models
+
+
+def kind_of(concept: str) -> str:
+    """Returns "object", "style" or "work". Raises UsageError for what isn't the world's."""
+    for kind, names in {**KINDS, "work": world.WORKS}.items():
+        if concept in names:
+            return kind
+    raise UsageError(f"{concept!r} isn't an object, a style or a work of the miniature")
+
+
+def prompt_for(concept: str) -> str:
+    """Returns the prompt that names a concept: "star", "a picture in the style of dots"."""
+    kind = kind_of(concept)
+    if kind == "style":
+        return f"a picture in the style of {concept}"
+    return concept if kind == "object" else concept.lower()  # a work's title
+
+
+def by_prompt(concepts: tuple[str, ...]) -> dict[str, str]:
+    """Returns {prompt: anchor}, the anchor being what a concept's place is taken by."""
+    return {prompt_for(concept): "a picture" for concept in concepts}
+
+
+class Model(NamedTuple):
+    """A row of a table: what makes its weights, and how images are drawn with them."""
+
+    label: str
+    # (sd, concepts: {prompt: anchor}, keep, seed, **settings) -> theta, or a model
+    method: Callable | None = None
+    settings: dict = {}  # of the method, JSON
+    sampling: dict = {}  # what `draw` takes on top of SAMPLING, JSON
+    concepts: Callable[[tuple[str, ...]], dict[str, str]] = by_prompt
+    folder: str = ""  # of a model that was trained without the concept; {concept}, {seed}
+    file: str = ""  # of weights that were made elsewhere
+    together: tuple[str, ...] = ()  # what it erases at once, whichever of these is asked for
+
+    @property
+    def is_about_a_concept(self) -> bool:
+        """Whether its images depend on what is erased or avoided."""
+        return bool(self.method or self.folder or self.file or "avoid" in self.sampling)
+
+
+original = Model("original")
+
+
+# ---- what is asked
+
+
+class Question(NamedTuple):
+    """A prompt, how many images of it, and what the judge should see in them."""
+
+    prompt: str
+    num: int
+    wanted: dict[str, str]
+
+
+def objects(num: int = 20) -> list[Question]:
+    """a star"""
+    return [Question(with_article(name), num, {"object": name}) for name in world.OBJECTS]
+
+
+def styled(num: int = 2, styles: Iterable[str] = STYLES) -> list[Question]:
+    """a star in the style of mosaic"""
+    questions = []
+    for style in styles:
+        for name in world.OBJECTS:
+            prompt = f"{with_article(name)} in the style of {style}"
+            questions.append(Question(prompt, num, {"object": name, "style": style}))
+    return questions
+
+
+def coloured(num: int = 2, colours: Iterable[str] = world.COLOURS) -> list[Question]:
+    """a red star"""
+    questions = []
+    for colour in colours:
+        for name in world.OBJECTS:
+            prompt = with_article(f"{colour} {name}")
+            questions.append(Question(prompt, num, {"object": name, "colour": colour}))
+    return questions
+
+
+def in_contexts(num: int = 2) -> list[Question]:
+    """a green star, a star in the style of stripes: every second colour and style
+
+    `models.contexts_of` erases in the others.
+    """
+    colours = [*world.COLOURS][1::2]
+    return coloured(num, colours) + styled(num, STYLES[1::2])
+
+
+def scenes(num: int = 1) -> list[Question]:
+    """a photo of a night sky in winter: the prompts that were held out from training"""
+    questions = []
+    for scene, setting in world.HELD_OUT:
+        for opening in world.OPENINGS:
+            prompt = world.scene_prompt(scene, setting, opening)
+            questions.append(Question(prompt, num, {"object": world.SCENES[scene].object}))
+    return questions
+
+
+def paraphrases(num: int = 10) -> list[Question]:
+    """a five pointed figure"""
+    questions = []
+    for name, phrases in world.PARAPHRASES.items():
+        for phrase in phrases:
+            questions.append(Question(with_article(phrase), num, {"object": name}))
+    return questions
+
+
+class Look(NamedTuple):
+    """What a prompt asks for, and what the judge sees in one image of it, by head."""
+
+    wanted: dict[str, str]
+    seen: dict[str, str | None]
+
+
+def wanted_by(questions: list[Question]) -> list[dict[str, str]]:
+    """Returns what each image should show, in the order in which they are drawn."""
+    return [question.wanted for question in questions for _ in range(question.num)]
+
+
+def to_letters(judge: judging.Judge, images: list[Image.Image]) -> dict[str, str]:
+    """Returns what the judge sees, by head: a letter an image."""
+    seen = judging.read(judge, images)
+    letters = {}
+    for head, names in judging.HEADS.items():
+        places = [(*names, None).index(each[head]) for each in seen]
+        letters[head] = "".join(LETTERS[place] for place in places)
+    return letters
+
+
+def from_letters(letters: dict[str, str], head: str) -> list[str | None]:
+    """Returns what the judge saw, image by image; None is "none of these"."""
+    names = (*judging.HEADS[head], None)
+    return [names[LETTERS.index(letter)] for letter in letters[head]]
+
+
+def look(context: "Context", sd: StableDiffusion, cell: "Cell") -> dict[str, str]:
+    """Draws what a cell asks for; returns what the judge sees, as letters."""
+    prompts = []
+    for question in context.questions(cell.ask):
+        prompts += [question.prompt] * question.num
+    return to_letters(context.judge, context.draw(sd, cell, prompts))
+
+
+class Ask(NamedTuple):
+    """A set of questions that the judge answers; or a function with an answer of its own."""
+
+    name: str
+    questions: Callable[[], list[Question]] | None = None
+    answer: Callable[["Context", StableDiffusion, "Cell"], dict] = look
+    # functions whose code the answer depends on; of methods/, all code of their files
+    uses: tuple[Callable, ...] = ()
+    about: str = ""  # the concept, where the model itself may know of none
+
+
+by_name = Ask("by name", objects)
+in_styles = Ask("in styles", styled)
+in_colours = Ask("in colours", coloured)
+elsewhere = Ask("in contexts", in_contexts)
+implied = Ask("in scenes", scenes)
+reworded = Ask("by paraphrases", paraphrases)
+
+
+# ---- cells
+
+
+class Cell(NamedTuple):
+    """One model with one seed, and what it is asked."""
+
+    model: Model
+    concepts: tuple[str, ...]  # that are erased or avoided, together
+    seed: int
+    ask: Ask
+
+    @property
+    def key(self) -> str:
+        """Returns its name in the results."""
+        names = "+".join(self.concepts)
+        return "/".join([self.model.label, names, f"seed {self.seed}", self.ask.name])
+
+
+def cell_of(model: Model, concepts: str | tuple[str, ...], seed: int, ask: Ask) -> Cell:
+    """Returns a cell; all concepts share those of a model that knows of none."""
+    concepts = (concepts,) if isinstance(concepts, str) else concepts
+    if {*concepts} <= {*model.together}:
+        concepts = model.together
+    return Cell(model, concepts if model.is_about_a_concept else (), seed, ask)
+
+
+def grid(
+    models: Iterable[Model], concepts: Iterable, asks: Iterable[Ask],
+    seeds: Iterable[int] = SEEDS,
+) -> list[Cell]:
+    """Returns a cell for each combination, each once."""
+    cells = {}
+    for concept in concepts:
+        for model in models:
+            for seed in seeds:
+                for ask in asks:
+                    cell = cell_of(model, concept, seed=seed, ask=ask)
+                    cells[cell.key] = cell
+    return [*cells.values()]
+
+
+# ---- answers
+
+
+class Answers:
+    """Stored answers, as tables ask for them."""
+
+    def __init__(self, records: dict[str, dict]):
+        """records: the answer and its settings, by a cell's key."""
+        self.records = records
+        self.seeds_of = {}  # the seeds, by the rest of a cell's key
+        for key in records:
+            label, names, seed, ask = key.rsplit("/", 3)
+            seeds = self.seeds_of.setdefault((label, names, ask), [])
+            seeds.append(int(seed.removeprefix("seed ")))
+
+    def get(
+        self, model: Model, concepts: str | tuple[str, ...], ask: Ask, seed: int = 0
+    ) -> dict | None:
+        """Returns an answer, if there is one."""
+        record = self.records.get(cell_of(model, concepts, seed=seed, ask=ask).key)
+        return record and record["answer"]
+
+    def seeds(self, model: Model, concepts: str | tuple[str, ...], ask: Ask) -> list[int]:
+        """Returns the seeds that are answered, in ascending order."""
+        label, names, _, name = cell_of(model, concepts, seed=0, ask=ask).key.rsplit("/", 3)
+        return sorted(self.seeds_of.get((label, names, name), []))
+
+    def looks(
+        self, model: Model, concepts: str | tuple[str, ...], ask: Ask, seed: int
+    ) -> list[Look]:
+        """Returns what each image should show, and what the judge saw in it."""
+        letters = self.get(model, concepts, ask, seed=seed)
+        wanted = wanted_by(ask.questions())
+        num = len(next(iter(letters.values())))
+        if num < len(wanted):  # a quick run has one image a prompt
+            wanted = [question.wanted for question in ask.questions()]
+
+        looks = []
+        for i, each in enumerate(wanted):
+            seen = {}
+            for head, names in judging.HEADS.items():
+                seen[head] = (*names, None)[LETTERS.index(letters[head][i])]
+            looks.append(Look(each, seen))
+        return looks
+
+    def right(
+        self, model: Model, concepts: str | tuple[str, ...], ask: Ask, seed: int,
+        head: str = "object", own: bool = True,
+    ) -> list[bool]:
+        """Returns image by image whether what was asked for is seen.
+
+        own: only where the prompt asks for one of the concepts; else only where it asks
+        for none of them, and of none that is erased together with them, under any head.
+        """
+        concepts = (concepts,) if isinstance(concepts, str) else concepts
+        erased = {*concepts, *model.together}
+        right = []
+        for wanted, seen in self.looks(model, concepts, ask, seed):
+            asked_for_own = wanted[head] in concepts
+            counts = asked_for_own if own else erased.isdisjoint(wanted.values())
+            if counts:
+                right.append(seen[head] == wanted[head])
+        return right
+
+    def shares(
+        self, model: Model, concepts: str | tuple[str, ...], ask: Ask,
+        head: str = "object", own: bool = True,
+    ) -> list[Share]:
+        """Returns, for each seed, how many images show what was asked for: see `right`."""
+        shares = []
+        for seed in self.seeds(model, concepts, ask):
+            right = self.right(model, concepts, ask, seed=seed, head=head, own=own)
+            shares.append(Share(sum(right), len(right)))
+        return shares
+
+    def pooled(
+        self, model: Model, concepts: Iterable, ask: Ask,
+        head: str = "object", own: bool = True,
+    ) -> list[Share]:
+        """Returns the shares of several erasures, one for each concept and seed.
+
+        A model that knows of no concept has the same images for all of them: it has one
+        share for each seed.
+        """
+        by_concept = [self.shares(model, each, ask, head=head, own=own) for each in concepts]
+        if model.is_about_a_concept:
+            shares = [share for several in by_concept for share in several]
+        else:
+            shares = []
+            for of_seed in zip(*by_concept):
+                hits = sum(share.hits for share in of_seed)
+                shares.append(Share(hits, sum(share.asked for share in of_seed)))
+        return [share for share in shares if share.asked]
+
+    def erased(self, models: Iterable[Model], concepts: Iterable, ask: Ask) -> list:
+        """Returns the concepts of which some model's erasure is stored."""
+        about_one = [model for model in models if model.is_about_a_concept]
+        return [c for c in concepts if any(self.seeds(model, c, ask) for model in about_one)]
+
+    def answered(self, models: Iterable[Model], concepts: list, ask: Ask) -> list[Model]:
+        """Returns the models with a stored answer for one of the concepts, or more."""
+        return [m for m in models if any(self.seeds(m, c, ask) for c in concepts)]
+
+
+def percent(
+    answers: Answers, model: Model, concepts: str | tuple[str, ...], ask: Ask, name: str,
+    head: str = "object",
+) -> str:
+    """Returns how often a name is seen in all images that ask for it: "98 %"."""
+    right = []
+    for seed in answers.seeds(model, concepts, ask):
+        for wanted, seen in answers.looks(model, concepts, ask, seed=seed):
+            if wanted[head] == name:
+                right.append(seen[head] == name)
+    return f"{100 * sum(right) / len(right):.0f} %" if right else ""
+
+
+def gone(shares: list[Share]) -> list[Share]:
+    """Returns the shares of what isn't seen."""
+    return [Share(asked - hits, asked) for hits, asked in shares]
+
+
+# ---- checksums: what an answer depends on
+
+
+def crc(value: object) -> str:
+    """Returns a checksum of bytes, or of what is JSON."""
+    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return f"{zlib.crc32(data):08x}"
+
+
+def without_docstrings(source: str) -> str:
+    """Returns what a source does; how it is laid out and commented isn't in it."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant):
+                body[0] = ast.Pass()
+    return ast.dump(tree)
+
+
+def modules_used(module: types.ModuleType) -> dict[str, types.ModuleType]:
+    """Returns a module and the methods' modules that it imports, and they import, by name.
+
+    Libraries aren't followed, nor are our six files, which tests compare with the
+    reference.
+    """
+    found = {module.__name__: module}
+    for value in vars(module).values():
+        name = getattr(value, "__name__" if inspect.ismodule(value) else "__module__", "")
+        if str(name).startswith("notebooks.methods.") and name not in found:
+            found |= modules_used(sys.modules[name])
+    return found
+
+
+@functools.cache  # as all below: an edit during a run doesn't pass for what was run
+def code_of(*modules: types.ModuleType) -> str:
+    """Returns a checksum of the code of modules, and of the methods' that they import."""
+    used = {}
+    for module in modules:
+        used |= modules_used(module)
+    sources = {name: inspect.getsource(used[name]) for name in sorted(used)}
+    return crc({name: without_docstrings(source) for name, source in sources.items()})
+
+
+def sources_used(function: types.FunctionType, found: dict | None = None) -> dict[str, str]:
+    """Returns, by name, what a function does, and the functions and constants of its module.
+
+    Only those that it uses; what it imports isn't followed. found: what is known already.
+    """
+    names = vars(inspect.getmodule(function))
+    source = inspect.getsource(function)
+    found = {**(found or {}), function.__name__: without_docstrings(source)}
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Name) or node.id in found or node.id not in names:
+            continue
+        value = inspect.unwrap(names[node.id])  # of a cache
+        if inspect.isfunction(value):
+            if value.__module__ == function.__module__:
+                found = sources_used(value, found)
+        else:
+            with contextlib.suppress(TypeError):  # a constant is JSON; a module isn't
+                found[node.id] = json.dumps(value)
+    return found
+
+
+@functools.cache
+def code_of_method(method: Callable) -> str:
+    """Returns a checksum of all of a method's module, with the methods that it imports.
+
+    A method in an experiment's own file doesn't depend on the rest of the experiment.
+    """
+    module = sys.modules[method.__module__]
+    if not module.__name__.startswith("notebooks.experiments."):
+        return code_of(module)
+    imported = [each for each in modules_used(module).values() if each is not module]
+    return crc([sources_used(method), code_of(*imported)])
+
+
+@functools.cache
+def code_of_answer(function: Callable) -> str:
+    """Returns a checksum of a function and of what it uses in its module."""
+    return crc(sources_used(function))
+
+
+@functools.cache
+def code_of_functions(functions: tuple[Callable, ...]) -> str:
+    """Returns a checksum of the code of functions; of those in methods/, of their files."""
+    sources = []
+    for function in functions:
+        module = sys.modules[function.__module__]
+        if module.__name__.startswith("notebooks.methods."):
+            sources.append(code_of(module))
+        else:
+            sources.append(sources_used(function))
+    return crc(sources)
+
+
+# ---- the miniature, and what all cells have in common
+
+
+class Context(NamedTuple):
+    """The original and its judge, and where erased weights are kept."""
+
+    sd: StableDiffusion
+    judge: judging.Judge
+    base: str  # the original's fingerprint
+    judged_by: str
+    run: Path
+    quick: bool
+
+    def questions(self, ask: Ask) -> list[Question]:
+        """Returns an ask's questions; one image of each in a quick run."""
+        questions = ask.questions()
+        return [each._replace(num=1) for each in questions] if self.quick else questions
+
+    def num(self, num: int) -> int:
+        """Returns how many images an answer of its own may draw."""
+        return min(num, 4) if self.quick else num
+
+    def weights_settings(self, model: Model, concepts: tuple[str, ...], seed: int) -> dict:
+        """Returns all that a model's weights depend on, as JSON."""
+        if model.folder:
+            folder = model.folder.format(concept="+".join(concepts), seed=seed)
+            return {"folder": folder, **fingerprint_of(Path(folder))}
+        if model.file:
+            return {"file": crc(Path(model.file).read_bytes())}
+        if not model.method:
+            return {"original": self.base}
+
+        others = [name for names in KINDS.values() for name in names if name not in concepts]
+        settings = {
+            "function": f"{model.method.__module__}:{model.method.__qualname__}",
+            "code": code_of_method(model.method),
+            "original": self.base,
+            "concepts": model.concepts(concepts),
+            "keep": [prompt_for(name) for name in others],
+            "seed": seed,
+            **model.settings,
+        }
+        iterations = self.iterations(model, concepts)
+        return settings if iterations is None else settings | {"iterations": iterations}
+
+    def iterations(self, model: Model, concepts: tuple[str, ...]) -> int | None:
+        """Returns how many steps a method takes, if it counts any; a style takes longer."""
+        parameters = inspect.signature(model.method).parameters.values()
+        given = {each.name: each.default for each in parameters} | model.settings
+        number = given.get("iterations")
+        passes_on = any(each.kind is each.VAR_KEYWORD for each in parameters)  # to erase.erase
+        if self.quick and ("iterations" in given or passes_on):
+            return 2
+        if not isinstance(number, int):
+            return None
+        return 3 * number if "style" in map(kind_of, concepts) else number
+
+    def settings(self, cell: Cell) -> dict:
+        """Returns all that a cell's answer depends on, as JSON gives it back."""
+        sampling = SAMPLING | cell.model.sampling
+        settings = {
+            "weights": self.weights_settings(cell.model, cell.concepts, cell.seed),
+            "sampling": sampling,
+            "judge": self.judged_by,
+            "seed": cell.seed,
+            "quick": self.quick,
+        }
+        if "avoid" in sampling:
+            settings["avoided"] = [*cell.model.concepts(cell.concepts)]
+            settings["code of sampling"] = code_of(safe_latent_diffusion)
+        if cell.ask.questions:
+            questions = [each._asdict() for each in self.questions(cell.ask)]
+            settings["questions"] = crc(questions)
+        else:
+            settings["code"] = code_of_answer(cell.ask.answer)
+            settings["code it uses"] = code_of_functions(cell.ask.uses)
+            settings["concepts"] = cell.concepts
+        return json.loads(json.dumps(settings))
+
+    def load(self, model: Model, concepts: tuple[str, ...], seed: int) -> StableDiffusion:
+        """Returns a model with its weights; an erasure is made when it is first asked for."""
+        if model.folder:
+            return sample.load(model.folder.format(concept="+".join(concepts), seed=seed))
+        if model.file:
+            return sample.load_erased(self.sd, Path(model.file))
+        if not model.method:
+            return self.sd
+        return self.erased(model, concepts, seed)
+
+    def file_of(self, model: Model, concepts: tuple[str, ...], seed: int) -> Path:
+        """Returns where an erasure is kept."""
+        return self.run / f"{crc(self.weights_settings(model, concepts, seed))}.safetensors"
+
+    def erased(self, model: Model, concepts: tuple[str, ...], seed: int) -> StableDiffusion:
+        """Erases, or reads what was erased before."""
+        file = self.file_of(model, concepts, seed)
+        if file.exists():
+            return sample.load_erased(self.sd, file)
+
+        settings = self.weights_settings(model, concepts, seed)
+        given = {key: settings[key] for key in ("concepts", "keep", "seed")}
+        if "iterations" in settings:
+            given["iterations"] = settings["iterations"]
+        began = time.perf_counter()
+        made = model.method(self.sd, **model.settings | given)
+        if isinstance(made, StableDiffusion):  # it changes more than the U-Net: not kept
+            return made
+
+        seconds = time.perf_counter() - began
+        self.run.mkdir(parents=True, exist_ok=True)
+        erase.save(made, file, settings=settings | {"seconds": seconds}, sd=self.sd)
+        return sample.load_erased(self.sd, file)
+
+    def draw(
+        self, sd: StableDiffusion, cell: Cell, prompts: list[str]
+    ) -> list[Image.Image]:
+        """Returns an image of each prompt, each from a seed of its own, as the cell asks.
+
+        sampling["avoid"]: how what the cell erases is avoided instead, "negative prompt"
+        or one of the settings of Safe Latent Diffusion.
+        """
+        settings = SAMPLING | cell.model.sampling
+        avoid = settings.pop("avoid", None)
+        prompt = ", ".join(cell.model.concepts(cell.concepts)) if avoid else ""
+        if avoid == "negative prompt":
+            settings["negative"] = prompt
+        elif avoid:
+            settings["predictor"] = functools.partial(
+                safe_latent_diffusion.SafePredictor,
+                concept=sd.encode([prompt]),
+                safety=safe_latent_diffusion.SETTINGS[avoid],
+            )
+        seeds = image_seeds(cell.seed, len(prompts))
+        return sample.generate(sd, prompts, seed=seeds, **settings)
+
+    def row(self, cell: Cell, prompts: list[str]) -> list[Image.Image]:
+        """Returns a row of a contact sheet: a blank for its label, an image of each prompt."""
+        sd = self.load(cell.model, cell.concepts, cell.seed)
+        blank = Image.new("RGB", (world.SIZE, world.SIZE), "white")
+        return [blank, *self.draw(sd, cell, prompts)]
+
+
+@functools.cache
+def fingerprint_of(folder: Path) -> dict[str, str]:
+    """Returns a checksum of a trained U-Net as a setting; nothing if it isn't there."""
+    files = sorted(folder.glob("unet/*.safetensors"))
+    return {"fingerprint": crc(b"".join(file.read_bytes() for file in files))} if files else {}
+
+
+def image_seeds(seed: int, num: int) -> list[int]:
+    """Returns the seeds of a cell's images: a stretch of its own for each cell's seed."""
+    first = 1000 + 10_000 * seed
+    return [first + i for i in range(num)]
+
+
+@functools.cache
+def open_context(model: Path, run: Path, quick: bool) -> Context:
+    """Loads the original and its judge; cached, so a process loads them once."""
+    sd = sample.load(model)
+    judge = judging.load(model)
+    weights = [tensor.numpy().tobytes() for tensor in judge.state_dict().values()]
+    return Context(
+        sd, judge, base=crc(sample.fingerprint(sd)), judged_by=crc(b"".join(weights)),
+        run=run, quick=quick,
+    )
+
+
+# ---- tables
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,147 @@
+"""What an erasure costs (beyond the paper): which x_t are needed, and how many gradient steps?
+
+A call is one latent through the U-Net; a backward pass counts as two. The loss takes 5 calls,
+and each prediction on the way to x_t takes 2. The paper's x_t are at a random one of 50 steps,
+after 24.5 predictions on average, so 54 calls are expected for a gradient step. Calls are
+computed from the settings: exactly, where every step of a trajectory is used, else on average
+over random times. "The first 4 of 8" are the noisiest x_t of a trajectory of 8 steps, at each of
+which a gradient step is taken.
+
+All rows make 160 gradient steps, with a learning rate of 4e-4 (ESD-x) or 7e-5 (ESD-u), unless
+they say otherwise, and have the paper's batch of 1; "ESD-x" and "ESD-u" alone have the settings
+of the other tables, with a batch of 4. Seconds are for one core of a busy machine: read them
+as ratios.
+"""
+
+from notebooks.experiments import core, figures, models, stats
+from notebooks.experiments.core import Answers, Cell, Model, by_name
+from notebooks.experiments.methods import cost, mean_cost
+from notebooks.experiments.stats import Share
+from notebooks.methods import esd
+
+ITERATIONS = models.WHOLE_X["iterations"]
+AS_IN_THE_PAPER = {"steps": 50, "every_step": False}
+SOURCES = {
+    "50 steps, as in the paper": AS_IN_THE_PAPER,
+    "50 steps by the original": AS_IN_THE_PAPER | {"x_t": "frozen"},
+    "8 steps": {"steps": 8, "every_step": False},
+    "every step of 8": {},
+}
+FEWER = {  # with half of the gradient steps
+    "every step of 8": {},
+    "the first 6 of 8": {"first": 6},
+    "the first 4 of 8": {"first": 4},
+}
+
+
+def variants(name: str, base: dict) -> list[Model]:
+    """Returns all ways to draw x_t, with ESD-x or ESD-u."""
+    base = base | {"batch": 1}
+    half = base | {"iterations": ITERATIONS // 2}
+    faster = half | {"lr": 1.5 * base["lr"]}
+
+    found = [Model(f"{name}, {x_t}", esd.erase, base | s) for x_t, s in SOURCES.items()]
+    label = f"{name}, every step of 8, {ITERATIONS // 2} iterations"
+    found.append(Model(label, esd.erase, half))
+    for x_t, settings in FEWER.items():
+        label = f"{name}, {x_t}, {ITERATIONS // 2} iterations, lr x 1.5"
+        found.append(Model(label, esd.erase, faster | settings))
+    return found
+
+
+MODELS = [
+    models.original,
+    *variants("ESD-x", models.WHOLE_X),
+    models.esd_x(),
+    *variants("ESD-u", models.ESD_U),
+    models.esd_u(),
+]
+CONCEPTS = ("star", "heart", "moon")
+SEEDS = core.SEEDS
+LEFT = "the erased object is seen, %"
+OTHERS = "the other nine are seen, %"
+PAPER = {}
+FINDINGS = ""
+
+
+def cells(models, concepts, seeds) -> list[Cell]:
+    return core.grid(models, concepts, asks=[by_name, cost], seeds=seeds)
+
+
+# ---- calls
+
+
+def calls(settings: dict) -> float:
+    """Returns the U-Net calls of an erasure with these settings of `esd.erase`:
+
+    batch * (5 iterations + 2 predictions)
+
+    5 are the target's two, and a forward and a backward pass. Each prediction on the way to
+    x_t is for the prompt and the empty one. A trajectory of n used steps takes n - 1
+    predictions; where one random step is used, (steps - 1) / 2 on average.
+    """
+    iterations = settings["iterations"]
+    predictions = iterations * (settings["steps"] - 1) / 2
+    if settings.get("every_step") or settings["first"]:
+        used = settings["first"] or settings["steps"]
+        whole, rest = divmod(iterations, used)  # trajectories, and steps of the last one
+        predictions = whole * (used - 1) + max(0, rest - 1)
+    return settings["batch"] * (5 * iterations + 2 * predictions)
+
+
+def calls_of(model: Model) -> float | None:
+    """Returns a model's calls, if ESD made it."""
+    return calls(model.settings) if model.method is esd.erase else None
+
+
+# ---- the table and the figure
+
+
+def counted(answers: Answers, model: Model, what: str) -> list[Share]:
+    """Returns the shares of all erasures."""
+    shares = []
+    for concept in CONCEPTS:
+        shares += answers.shares(model, concept, by_name, own=what == LEFT)
+    return shares
+
+
+def mean_seconds(answers: Answers, model: Model) -> str:
+    """Returns the mean over concepts of an erasure's seconds, if there are any."""
+    means = [mean_cost(answers, model, concept, "seconds") for concept in CONCEPTS]
+    means = [mean for mean in means if mean is not None]
+    return f"{sum(means) / len(means):.1f}" if means else ""
+
+
+def table(answers: Answers, models: list[Model]) -> str:
+    """Returns a row for each model: calls, and what they buy."""
+    of_paper = calls(MODELS[1].settings)
+    rows = []
+    for model in models:
+        left = counted(answers, model, LEFT)
+        if not left:
+            continue
+        number = calls_of(model)
+        rows.append([
+            model.label,
+            str(len(left)),
+            "" if number is None else f"{number:,.0f}",
+            "" if number is None else f"{number / of_paper:.2f}",
+            mean_seconds(answers, model),
+            stats.text(left),
+            stats.text(counted(answers, model, OTHERS)),
+        ])
+    header = [
+        "erased by", "erasures", "U-Net calls", "to the paper's", "seconds", LEFT, OTHERS
+    ]
+    return core.table(header, rows)
+
+
+def figure(answers: Answers, models: list[Model]):
+    """Returns a row for each way to draw x_t, ESD-x and ESD-u in it."""
+    panels = {LEFT: {}, OTHERS: {}}
+    for model in models:
+        name, _, x_t = model.label.partition(", ")
+        for what, panel in panels.items():
+            if shares := counted(answers, model, what):
+                panel.setdefault(x_t or name, []).append(figures.Dot(name, shares))
+    return figures.dots(panels)

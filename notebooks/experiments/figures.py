@@ -1,0 +1,248 @@
+"""The figures next to the tables: dots with intervals, a scatter, lines, a heat map.
+
+Percent on every axis, 95 % intervals as thin lines, the paper's values as crosses.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+except ImportError:  # a requirement of the notebooks only: tables work without it
+    pyplot = None
+    Figure = None
+
+import sample
+from notebooks.experiments import stats
+from notebooks.experiments.stats import Estimate, Share
+
+COLOURS = (
+    "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777",
+    "#994455", "#004488", "#997700", "#6699cc", "#ee99aa", "#000000",
+)  # Paul Tol's, told apart by the colour-blind
+NOTHING = "nothing is stored"  # the title where there is no panel
+
+
+class Dot(NamedTuple):
+    """One estimate in a row of a figure."""
+
+    series: str
+    shares: list[Share]
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a figure as PNG, the same bytes each time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sample.write_whole(
+        file,
+        lambda part: figure.savefig(part, format="png", dpi=110, metadata={"Software": None}),
+    )
+    pyplot.close(figure)
+
+
+def dots(
+    panels: dict[str, dict[str, list[Dot]]], paper: dict[str, dict[str, float]] | None = None
+) -> Figure:
+    """Returns a panel for each thing measured: rows of dots with intervals.
+
+    panels: title -> row -> dots. paper: title -> row -> the paper's value, percent.
+    """
+    panels = panels or {NOTHING: {}}
+    rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
+    series = []
+    for of_row in (dots for panel in panels.values() for dots in panel.values()):
+        series += [dot.series for dot in of_row if dot.series not in series]
+    height = 1.2 + len(rows) * max(0.3, 0.13 * len(series) + 0.1)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.2 * len(panels) + 1, height), sharey=True, squeeze=False,
+        layout="constrained",
+    )
+
+    for axis, (title, panel) in zip(axes[0], panels.items()):
+        for y, row in enumerate(rows):
+            for dot in panel.get(row, []):
+                i = series.index(dot.series)
+                mean, low, high = stats.estimate(dot.shares)
+                at = y + 0.7 * ((i + 0.5) / len(series) - 0.5)
+                axis.plot([low, high], [at, at], color=COLOURS[i % 13], linewidth=1)
+                axis.plot(mean, at, "o", color=COLOURS[i % 13], markersize=4)
+            if paper and row in paper.get(title, {}):
+                axis.plot(paper[title][row], y, "x", color="black", label="the paper")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(-3, 103)
+        axis.set_xlabel("%")
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes[0][0].set_yticks(range(len(rows)), rows)
+    axes[0][0].invert_yaxis()
+
+    if len(series) > 1:
+        handles = [
+            pyplot.Line2D([], [], color=COLOURS[i % 13], marker="o", markersize=4, label=name)
+            for i, name in enumerate(series)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def estimates(panels: dict[str, dict[str, Estimate]]) -> Figure:
+    """Returns a panel for each thing measured, each with its own axis: rows of dots.
+
+    panels: title -> row -> the mean and its interval, in the title's unit.
+    """
+    panels = panels or {NOTHING: {}}
+    rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.2 * len(panels) + 1, 1.2 + 0.3 * len(rows)),
+        sharey=True, squeeze=False, layout="constrained",
+    )
+
+    for axis, (title, panel) in zip(axes[0], panels.items()):
+        for row, (mean, low, high) in panel.items():
+            y = rows.index(row)
+            if math.isfinite(low):  # a single value has no interval
+                axis.plot([low, high], [y, y], color=COLOURS[0], linewidth=1)
+            axis.plot(mean, y, "o", color=COLOURS[0], markersize=4)
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes[0][0].set_yticks(range(len(rows)), rows)
+    axes[0][0].invert_yaxis()
+    return figure
+
+
+class Point(NamedTuple):
+    """A model in a scatter."""
+
+    label: str
+    x: list[Share]
+    y: list[Share]
+
+
+def scatter(panels: dict[str, list[Point]], x: str, y: str) -> Figure:
+    """Returns a panel for each title; x and y are the axes' labels."""
+    panels = panels or {NOTHING: []}
+    labels = []
+    for points in panels.values():
+        labels += [point.label for point in points if point.label not in labels]
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4 * len(panels), 4.6), squeeze=False, sharex=True, sharey=True,
+        layout="constrained",
+    )
+
+    for axis, (title, points) in zip(axes[0], panels.items()):
+        for point in points:
+            i = labels.index(point.label)
+            across = stats.estimate(point.x)
+            up = stats.estimate(point.y)
+            colour = COLOURS[i % 13]
+            axis.plot([across.low, across.high], [up.mean] * 2, color=colour, linewidth=0.7)
+            axis.plot([across.mean] * 2, [up.low, up.high], color=colour, linewidth=0.7)
+            axis.plot(across.mean, up.mean, "o" if i < 13 else "s", color=colour, markersize=5)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(x)
+        axis.grid(color="#dddddd", linewidth=0.6)
+    axes[0][0].set_ylabel(y)
+
+    handles = [
+        pyplot.Line2D([], [], color=COLOURS[i % 13], marker="o" if i < 13 else "s",
+                      linestyle="", markersize=5, label=label)
+        for i, label in enumerate(labels)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+class Line(NamedTuple):
+    """A line in a figure, with an interval at each point."""
+
+    label: str
+    x: list[float]
+    shares: list[list[Share]]
+
+
+class Mark(NamedTuple):
+    """A single erasure in a panel of marks."""
+
+    label: str
+    x: float
+    y: float  # percent
+
+
+def draw_line(axis, line: Line, colour: str) -> None:
+    """Draws a line with a band for its intervals."""
+    estimates = [stats.estimate(shares) for shares in line.shares]
+    low = [each.low for each in estimates]
+    high = [each.high for each in estimates]
+    means = [each.mean for each in estimates]
+    axis.plot(line.x, means, "o-", color=colour, markersize=4, linewidth=1.2)
+    axis.fill_between(line.x, low, high, color=colour, alpha=0.12)
+
+
+def lines(
+    panels: dict[str, list[Line]], x: str, y: str,
+    marks: dict[str, list[Mark]] | None = None, x_of_marks: str = "",
+) -> Figure:
+    """Returns a panel of lines for each title; x and y are the axes' labels.
+
+    marks: panels after those, of single points over another x, with a line at its 0.
+    """
+    marks = marks or {}
+    panels = panels or {NOTHING: []}
+    labels = []
+    for each in (each for several in (*panels.values(), *marks.values()) for each in several):
+        if each.label not in labels:
+            labels.append(each.label)
+    colours = {label: COLOURS[i % 13] for i, label in enumerate(labels)}
+    num = len(panels) + len(marks)
+    figure, axes = pyplot.subplots(
+        1, num, figsize=(4 * num, 4), squeeze=False, sharey=True, layout="constrained"
+    )
+
+    for axis, several in zip(axes[0], panels.values()):
+        for line in several:
+            draw_line(axis, line, colours[line.label])
+    for axis, several in zip(axes[0][len(panels):], marks.values()):
+        axis.axvline(0, color="#999999", linewidth=0.8)
+        for mark in several:
+            axis.plot(mark.x, mark.y, "o", color=colours[mark.label], markersize=4, alpha=0.7)
+    for i, (axis, title) in enumerate(zip(axes[0], (*panels, *marks))):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(x if i < len(panels) else x_of_marks)
+        axis.grid(color="#dddddd", linewidth=0.6)
+    axes[0][0].set_ylabel(y)
+
+    handles = [
+        pyplot.Line2D([], [], color=colour, marker="o", markersize=4, label=label)
+        for label, colour in colours.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def heat_map(panels: dict[str, dict[str, dict[str, float]]]) -> Figure:
+    """Returns a panel for each title: row -> column -> percent; what is missing is blank."""
+    panels = panels or {NOTHING: {}}
+    columns_of = [len(columns) for rows in panels.values() for columns in rows.values()]
+    widest = max(columns_of, default=1)
+    rows = [*next(iter(panels.values()))]
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(0.75 * widest * len(panels) + 3, 0.4 * len(rows) + 2),
+        squeeze=False, sharey=True, layout="constrained",
+    )
+
+    for axis, (title, panel) in zip(axes[0], panels.items()):
+        columns = [*next(iter(panel.values()), {})]
+        values = [[panel.get(row, {}).get(c, float("nan")) for c in columns] for row in rows]
+        if columns:
+            axis.imshow(values, vmin=0, vmax=100, cmap="Reds", aspect="auto")
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                if value == value:  # not missing
+                    colour = "white" if value > 60 else "black"
+                    axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour,
+                              fontsize=8)
+        axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+        axis.set_title(title, fontsize=10)
+    axes[0][0].set_yticks(range(len(rows)), rows, fontsize=8)
+    return figure

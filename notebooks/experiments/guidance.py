@@ -1,0 +1,372 @@
+"""The guidance law (beyond the paper): does a higher guidance scale bring a concept back?
+
+Eq. 6 says where eps_theta(x_t, c) should go, and nothing of eps_theta(x_t), the empty prompt's
+prediction. Images are drawn with both. If training moved them by m_c d and m_0 d, where
+d = eps_theta*(x_t, c) - eps_theta*(x_t), then the eps that guidance g draws with is
+
+    eps_theta*(x_t) + kappa(g) d + what isn't along d,    kappa(g) = m_0 + g (1 + m_c - m_0)
+
+(notebook 6). Where the slope 1 + m_c - m_0 is positive, raising g brings the concept back. Here
+the slope is measured on the x_t of the edited model's own trajectories, as sums over all of
+them: m = sum <movement, d> / sum <d, d>. An object is asked for by its name, a style with every
+object. "Comes back" means: at g 10 more than 10 % of the images show the concept, and more than
+5 points more than at g 1.
+
+On SD v1, draw what ESD-u erased at several scales:
+
+    python erase.py church --method esd-u --out church.safetensors
+    for g in 1 3 7.5 12; do
+        python sample.py "a church" --erased church.safetensors --guidance $g --num 40 --out $g.png
+    done
+"""
+
+import itertools
+import statistics
+from typing import Callable, Iterable, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+import erase
+from notebooks.experiments import core, figures, models, stats
+from notebooks.experiments.core import (
+    STYLES,
+    Answers,
+    Ask,
+    Cell,
+    Context,
+    Model,
+    by_name,
+    in_styles,
+)
+from notebooks.experiments.stats import Share
+from notebooks.toy import world
+from notebooks.toy.world import with_article
+from sample import StableDiffusion
+
+GUIDANCES = (1, 2, 3, 5, 7.5, 10)
+KEPT_AT = (5, 10)  # where the other objects or styles are asked for, too
+PLAIN = models.esd_u()
+KEPT = models.kept()
+MODELS = [  # each is drawn with at every guidance
+    models.original,
+    models.esd_x(),
+    PLAIN,
+    models.esd_u("ESD-u, eta 3", eta=3),
+    KEPT,
+    models.uce_,
+    models.ablation,
+]
+KINDS = {"objects": world.OBJECTS, "styles": STYLES}
+CONCEPTS = (*world.OBJECTS, *STYLES)
+SEEDS = core.SEEDS
+PAPER = {}
+FINDINGS = """\
+- With ESD-u, a higher guidance scale brings the concept back; with the empty prompt kept, it
+  doesn't, at any scale.
+- The slope is positive for every plain ESD-u, and near 0 or below where the empty prompt is kept.
+  It says which models are at risk, not how much comes back.
+- So "erased" needs the guidance scale that it was counted at: 5 in all other tables.
+"""
+
+
+def at(model: Model, guidance: float) -> Model:
+    """Returns a model that draws with a guidance scale; at the usual one, it is itself."""
+    if guidance == core.SAMPLING["guidance"]:
+        return model
+    sampling = model.sampling | {"guidance": guidance}
+    return model._replace(label=f"{model.label}, g {guidance:g}", sampling=sampling)
+
+
+# ---- how often the concept is seen
+
+
+def draw_own(context: Context, sd: StableDiffusion, cell: Cell) -> dict[str, str]:
+    """Draws 20 images of the prompts that name a concept; returns what the judge sees."""
+    concept = cell.ask.about
+    prompts = [with_article(concept)] * 20
+    if concept in STYLES:
+        styled = [f"{with_article(name)} in the style of {concept}" for name in world.OBJECTS]
+        prompts = styled * 2
+    images = context.draw(sd, cell, prompts[: context.num(len(prompts))])
+    return core.to_letters(context.judge, images)
+
+
+def own_prompts(concept: str) -> Ask:
+    """Returns what asks for a concept, and for nothing else."""
+    return Ask(f"{concept} in its own prompts", answer=draw_own, about=concept)
+
+
+# ---- the slope
+
+
+class Movement(NamedTuple):
+    """Sums over some x_t: how far two predictions moved along d, and d's length."""
+
+    of_c: float  # <eps_theta(x_t, c) - eps_theta*(x_t, c), d>
+    of_null: float  # <eps_theta(x_t) - eps_theta*(x_t), d>
+    d_squared: float  # <d, d>
+
+
+@torch.no_grad()
+def movement(
+    edited: Callable, frozen: Callable, x_t: Tensor, t: Tensor,
+    text: erase.Text, text_of_frozen: erase.Text,
+) -> Movement:
+    """Returns the sums over a batch. text is the edited model's, if it tunes the encoder."""
+    frozen_c = frozen(x_t, t, text_of_frozen.concept)
+    frozen_null = frozen(x_t, t, text_of_frozen.null)
+    d = frozen_c - frozen_null
+    moved_c = edited(x_t, t, text.concept) - frozen_c
+    moved_null = edited(x_t, t, text.null) - frozen_null
+    sums = [(each * d).sum().item() for each in (moved_c, moved_null, d)]
+    return Movement(*sums)
+
+
+class Law(NamedTuple):
+    """m_c and m_0 of kappa(g) = m_0 + g (1 + m_c - m_0)."""
+
+    m_c: float
+    m_0: float
+
+    @property
+    def slope(self) -> float:
+        """Returns 1 + m_c - m_0."""
+        return 1 + self.m_c - self.m_0
+
+
+def law_of(movements: Iterable[Movement]) -> Law:
+    """Returns m = sum <movement, d> / sum <d, d>."""
+    of_c, of_null, d_squared = (sum(each) for each in zip(*movements))
+    return Law(of_c / d_squared, of_null / d_squared)
+
+
+def measure_slope(
+    context: Context, sd: StableDiffusion, cell: Cell, trajectories: int = 4, batch: int = 4
+) -> dict:
+    """Returns m_c, m_0 and the slope, over all x_t and for each time."""
+    prompts = [core.prompt_for(cell.ask.about)]
+    (text,) = erase.texts_for(sd, prompts, batch)
+    (text_of_frozen,) = erase.texts_for(context.sd, prompts, batch)
+    rng = Generator().manual_seed(cell.seed)
+    steps = 8
+    batches = erase.x_t_from_model(
+        sd.unet, [text], (batch, *sd.latent_shape), rng, steps=steps, every_step=True
+    )
+
+    at_time = {}
+    for x_t, t, _ in itertools.islice(batches, trajectories * steps):
+        moved = movement(sd.unet, context.sd.unet, x_t, t, text, text_of_frozen)
+        at_time.setdefault(t[0].item(), []).append(moved)
+
+    law = law_of(each for movements in at_time.values() for each in movements)
+    by_time = {t: law_of(movements)._asdict() for t, movements in at_time.items()}
+    return law._asdict() | {"slope": law.slope, "by time": by_time}
+
+
+def slope(concept: str) -> Ask:
+    """Returns what asks for the slope of a concept."""
+    return Ask(f"slope of {concept}", answer=measure_slope, about=concept)
+
+
+# ---- cells
+
+
+def rest_of(concept: str) -> Ask:
+    """Returns what asks for the concept's kind."""
+    return in_styles if concept in STYLES else by_name
+
+
+def asks_of(model: Model, concepts: tuple[str, ...], guidance: float) -> list[Ask]:
+    """Returns what a model is asked that draws with a guidance scale."""
+    asks = [own_prompts(concept) for concept in concepts]
+    if guidance in KEPT_AT:
+        asks += {rest_of(concept): None for concept in concepts}
+    if guidance == core.SAMPLING["guidance"] and model.is_about_a_concept:
+        asks += [slope(concept) for concept in concepts]
+    return asks
+
+
+def cells(models, concepts, seeds) -> list[Cell]:
+    found = {}
+    for concept in concepts:
+        erased = (concept,) if isinstance(concept, str) else concept
+        for model in models:
+            for guidance in GUIDANCES:
+                asks = asks_of(model, erased, guidance)
+                for cell in core.grid([at(model, guidance)], [erased], asks=asks, seeds=seeds):
+                    found[cell.key] = cell
+    return [*found.values()]
+
+
+# ---- shares
+
+
+def left(answers: Answers, model: Model, concept: str, guidance: float) -> dict[int, Share]:
+    """Returns how often a concept is seen at a guidance scale, for each seed."""
+    ask = own_prompts(concept)
+    drawn_by = at(model, guidance)
+    head = core.kind_of(concept)
+    shares = {}
+    for seed in answers.seeds(drawn_by, concept, ask):
+        seen = core.from_letters(answers.get(drawn_by, concept, ask, seed=seed), head)
+        shares[seed] = Share(seen.count(concept), len(seen))
+    return shares
+
+
+def all_left(
+    answers: Answers, model: Model, concepts: Iterable[str], guidance: float
+) -> list[Share]:
+    """Returns the shares of several concepts."""
+    shares = []
+    for concept in concepts:
+        shares += left(answers, model, concept, guidance).values()
+    return shares
+
+
+def all_kept(
+    answers: Answers, model: Model, concepts: Iterable[str], guidance: float
+) -> list[Share]:
+    """Returns how often the rest of each concept's kind is right."""
+    shares = []
+    for concept in concepts:
+        head = core.kind_of(concept)
+        shares += answers.shares(
+            at(model, guidance), concept, rest_of(concept), head=head, own=False
+        )
+    return shares
+
+
+def slopes(answers: Answers, model: Model, concept: str) -> dict[int, float]:
+    """Returns the slope for each seed."""
+    ask = slope(concept)
+    found = {}
+    for seed in answers.seeds(model, concept, ask):
+        found[seed] = answers.get(model, concept, ask, seed=seed)["slope"]
+    return found
+
+
+class Erasure(NamedTuple):
+    """What the law says of one erasure, and what is seen."""
+
+    model: str
+    slope: float
+    low: float  # shares of images that show the concept, at the lowest g
+    high: float  # and at the highest
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether raising g brings the concept back."""
+        return self.high > 0.1 and self.high - self.low > 0.05
+
+
+def erasures(answers: Answers, models: list[Model]) -> list[Erasure]:
+    """Returns all that have a slope and images at the lowest and the highest g."""
+    found = []
+    for model, concept in itertools.product(models, CONCEPTS):
+        low = left(answers, model, concept, GUIDANCES[0])
+        high = left(answers, model, concept, GUIDANCES[-1])
+        for seed, value in slopes(answers, model, concept).items():
+            if seed in low and seed in high:
+                shares = [each[seed].hits / each[seed].asked for each in (low, high)]
+                found.append(Erasure(model.label, value, *shares))
+    return found
+
+
+# ---- tables and the figure
+
+
+def table_by_guidance(answers: Answers, models: list[Model], kind: str) -> str:
+    """Returns a row for each model: how much is left at each g, and how much is kept."""
+    concepts = KINDS[kind]
+    rows = []
+    for model in models:
+        shares = [all_left(answers, model, concepts, guidance) for guidance in GUIDANCES]
+        shares += [all_kept(answers, model, concepts, guidance) for guidance in KEPT_AT]
+        if any(shares[: len(GUIDANCES)]):
+            rows.append([model.label, *(stats.text(each) for each in shares)])
+    header = [
+        f"{kind}, erased by",
+        *(f"left at g {guidance:g}, %" for guidance in GUIDANCES),
+        *(f"others at g {guidance:g}, %" for guidance in KEPT_AT),
+    ]
+    return core.table(header, rows) if rows else ""
+
+
+def slope_text(values: Iterable[float]) -> str:
+    """Returns the mean slope of several erasures, with its interval: "+0.12 (-0.05 to +0.29)"."""
+    values = [*values]
+    if len(values) < 2:
+        return "".join(f"{value:+.2f}" for value in values)
+    mean, low, high = stats.student(values)
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def table_by_concept(answers: Answers) -> str:
+    """Returns a row for each concept: ESD-u, plain and with the empty prompt kept."""
+    rows = []
+    for concept in CONCEPTS:
+        cells = []
+        for model in (PLAIN, KEPT):
+            cells.append(slope_text(slopes(answers, model, concept).values()))
+            for guidance in (GUIDANCES[0], GUIDANCES[-1]):
+                cells.append(stats.text([*left(answers, model, concept, guidance).values()]))
+        if any(cells):
+            rows.append([concept, *cells])
+    header = ["concept"]
+    for model in (PLAIN, KEPT):
+        header.append(f"{model.label}: slope")
+        for guidance in (GUIDANCES[0], GUIDANCES[-1]):
+            header.append(f"{model.label}: left at g {guidance:g}, %")
+    return core.table(header, rows) if rows else ""
+
+
+def right_signs(found: list[Erasure]) -> str:
+    """Returns how often the slope's sign says whether a concept comes back."""
+    hits = sum((each.slope > 0) == each.comes_back for each in found)
+    low, high = stats.wilson(hits, len(found))
+    share = f"{100 * hits / len(found):.1f} % ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{share}, {hits} of {len(found)}"
+
+
+def line_on_signs(answers: Answers, models: list[Model]) -> str:
+    """Returns how good a prediction the slope's sign is."""
+    found = erasures(answers, models)
+    if not found:
+        return ""
+    seen = [each for each in found if each.high > 0]
+    text = f"The sign of the slope says which erasures come back: {right_signs(found)}"
+    if seen:
+        text += f"; of those with anything left at g {GUIDANCES[-1]}, {right_signs(seen)}"
+    back = [each.slope for each in found if each.comes_back]
+    away = [each.slope for each in found if not each.comes_back]
+    means = [f"{statistics.fmean(each):+.2f}" if each else "none" for each in (back, away)]
+    return f"{text}. Mean slopes: {means[0]} where they do, {means[1]} where they don't."
+
+
+def table(answers: Answers, models: list[Model]) -> str:
+    """Returns a table for objects, one for styles, one by concept, and a line."""
+    parts = [table_by_guidance(answers, models, kind) for kind in KINDS]
+    parts += [table_by_concept(answers), line_on_signs(answers, models)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def figure(answers: Answers, models: list[Model]):
+    """Returns what is left against g, and what is left at the highest g against the slope."""
+    panels = {}
+    for kind, concepts in KINDS.items():
+        panels[kind] = []
+        for model in models:
+            shares = {g: all_left(answers, model, concepts, g) for g in GUIDANCES}
+            asked = [g for g, several in shares.items() if several]
+            if asked:
+                line = figures.Line(model.label, x=asked, shares=[shares[g] for g in asked])
+                panels[kind].append(line)
+
+    marks = []
+    for each in erasures(answers, models):
+        marks.append(figures.Mark(each.model, x=each.slope, y=100 * each.high))
+    return figures.lines(
+        panels, x="guidance scale g", y="the erased concept is seen, %",
+        marks={f"each erasure at g {GUIDANCES[-1]}": marks}, x_of_marks="slope 1 + m_c - m_0",
+    )

@@ -1,0 +1,72 @@
+r"""Paraphrases (5.6): does erasing "a five pointed figure" erase the star?
+
+To the text encoder the name and the paraphrase are almost the same prompt: for the star their
+cosine is 0.97 (notebook 1, Figure 1).
+
+On SD v1, then count the towers:
+
+```sh
+python erase.py "the iron tower in Paris" --out tower.safetensors
+python sample.py "the Eiffel Tower" --erased tower.safetensors --num 100 --out tower.png
+```
+"""
+
+from notebooks.experiments import core, figures, models, stats
+from notebooks.experiments.core import Answers, Cell, Model, by_name, reworded
+from notebooks.methods import esd
+from notebooks.toy import world
+
+
+def by_paraphrase(concepts: tuple[str, ...]) -> dict[str, str]:
+    """Returns {the first paraphrase of each object: anchor}."""
+    return {world.PARAPHRASES[concept][0]: "a picture" for concept in concepts}
+
+
+MODELS = [
+    models.original,
+    models.esd_x("ESD-x, by its name"),
+    Model("ESD-x, by a paraphrase", esd.erase, models.ESD_X, concepts=by_paraphrase),
+]
+CONCEPTS = ("star", "moon", "arrow")
+SEEDS = core.SEEDS
+PAPER = {"original": "79", "ESD-x, by a paraphrase": "38"}  # images of 100
+ASKED = {"asked by its name, %": by_name, "asked by paraphrases, %": reworded}
+FINDINGS = """\
+- A paraphrase erases the name as well as the name does, and the other way round: here the text
+  encoder knows both from the same images. In the paper the name is less affected.
+"""
+
+
+def cells(models, concepts, seeds) -> list[Cell]:
+    own = [concept for concept in concepts if concept in world.OBJECTS]
+    return core.grid(models, own, asks=[by_name, reworded], seeds=seeds)
+
+
+def table(answers: Answers, models: list[Model]) -> str:
+    """Returns a row for each concept and model, then for all concepts together."""
+    concepts = answers.erased(models, world.OBJECTS, by_name)
+    models = answers.answered(models, concepts, by_name)
+    rows = []
+    for label, group in [*((c, [c]) for c in concepts), ("**all**", concepts)]:
+        for model in models:
+            cells = [stats.text(answers.pooled(model, group, ask)) for ask in ASKED.values()]
+            others = stats.text(answers.pooled(model, group, by_name, own=False))
+            rows.append([label, model.label, *cells, others, PAPER.get(model.label, "")])
+    header = [
+        "concept", "erased", *ASKED, "other objects, %", "*paper, 5.6: by its name, of 100*",
+    ]
+    return core.table(header, rows)
+
+
+def figure(answers: Answers, models: list[Model]):
+    """Returns a row for each model: all concepts together."""
+    concepts = answers.erased(models, world.OBJECTS, by_name)
+    models = answers.answered(models, concepts, by_name)
+    panels = {}
+    for title, ask in ASKED.items():
+        panels[title] = {}
+        for model in models:
+            shares = answers.pooled(model, concepts, ask)
+            panels[title][model.label] = [figures.Dot("here", shares)]
+    of_paper = {label: float(images) for label, images in PAPER.items()}
+    return figures.dots(panels, paper={"asked by its name, %": of_paper})

@@ -1,0 +1,429 @@
+"""Runs experiments: answers what isn't stored, prints the tables, draws the figures.
+
+    python -m notebooks.experiments.run objects eta      # two experiments
+    python -m notebooks.experiments.run all --quick      # two iterations, one image a prompt
+    python -m notebooks.experiments.run methods robust --method my_file:my_erase --label mine
+    python -m notebooks.experiments.run methods --files star.safetensors --concept star
+
+my_erase is called as (sd, concepts: {prompt: anchor}, keep: prompts, seed: int, and what
+--set gives) and returns the new weights by name, or a model. methods/README.md has an
+example. The results in notebooks/experiments/results are read, never written, unless
+--results names them: new answers go to runs/. The same command goes on after a kill.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import multiprocessing
+import signal
+import sys
+import types
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import erase
+import sample
+from notebooks.experiments import core, figures
+from notebooks.experiments.core import Answers, Cell, Context, Model
+from sample import UsageError
+
+NAMES = (
+    "original",
+    "objects",
+    "styles",
+    "implied",
+    "quality",
+    "works",
+    "eta",
+    "paraphrase",
+    "choices",
+    "several",
+    "guidance",
+    "methods",
+    "robust",
+    "cost",
+)
+SHIPPED = Path(__file__).with_name("results")
+
+
+def experiment(name: str) -> types.ModuleType:
+    """Returns an experiment's module, which has MODELS, SEEDS, cells, table and PAPER."""
+    return importlib.import_module(f"notebooks.experiments.{name}")
+
+
+# ---- stored answers
+
+
+def stored(name: str, folder: Path = SHIPPED) -> Answers:
+    """Returns the stored answers of an experiment."""
+    return Answers(read_file(folder / f"{name}.json"))
+
+
+def stored_table(name: str, folder: Path = SHIPPED) -> str:
+    """Returns the table of an experiment's stored answers, Markdown."""
+    module = experiment(name)
+    return module.table(stored(name, folder), module.MODELS)
+
+
+def read_file(file: Path) -> dict[str, dict]:
+    """Returns an experiment's records, none if there is no file. Raises UsageError."""
+    records = sample.read_json(file) if file.exists() else {}
+    for key, record in records.items():
+        try:
+            _, _, seed, _ = key.rsplit("/", 3)
+            int(seed.removeprefix("seed "))
+            record["answer"], {**record["settings"]["weights"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{file} is damaged, delete it: {key!r} has no answer") from error
+    return records
+
+
+def read_records(folder: Path) -> dict[str, dict[str, dict]]:
+    """Returns the records in a folder of results, by experiment and cell."""
+    return {name: read_file(folder / f"{name}.json") for name in NAMES}
+
+
+def write_records(folder: Path, name: str, records: dict[str, dict]) -> None:
+    """Writes an experiment's records, a line each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{json.dumps(key)}: {json.dumps(records[key])}" for key in records]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    sample.write_whole(folder / f"{name}.json", lambda part: part.write_text(text))
+
+
+def without_fingerprint(settings: dict) -> dict:
+    """Returns settings without the fingerprint of a model that was trained elsewhere."""
+    weights = {**settings["weights"]}
+    weights.pop("fingerprint", None)
+    return settings | {"weights": weights}
+
+
+def question_of(ask: str, settings: dict) -> str:
+    """Returns what two cells with one answer have in common, whatever they are called."""
+    return f"{ask} {core.crc(settings)}"
+
+
+def by_question(*several: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """Returns records by what they depend on, whichever experiment asked."""
+    found = {}
+    for records in several:
+        for of_experiment in records.values():
+            for key, record in of_experiment.items():
+                ask = key.rpartition("/")[2]
+                settings = record["settings"]
+                found[question_of(ask, settings)] = record
+                # a model that was trained without the concept isn't shipped
+                found[question_of(ask, without_fingerprint(settings))] = record
+    return found
+
+
+# ---- new answers
+
+
+class Setup(NamedTuple):
+    """The arguments of `core.open_context`: what a process needs to answer."""
+
+    model: Path
+    run: Path
+    quick: bool
+
+
+class Answered(NamedTuple):
+    """A cell with its answer and all that this depends on."""
+
+    cell: Cell
+    record: dict
+
+
+def answer(setup: Setup, cells: list[Cell]) -> list[Answered]:
+    """Answers cells that have the same weights."""
+    context = core.open_context(*setup)
+    first = cells[0]
+    sd = context.load(first.model, first.concepts, first.seed)
+
+    answered = []
+    for cell in cells:
+        record = {
+            "settings": context.settings(cell),
+            "answer": cell.ask.answer(context, sd, cell),
+        }
+        answered.append(Answered(cell, json.loads(json.dumps(record))))
+    return answered
+
+
+def one_of_several() -> None:
+    """Prepares a worker process: it uses one core and leaves Ctrl-C to its parent."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def answers(
+    setup: Setup, groups: list[list[Cell]], processes: int
+) -> Iterator[list[Answered]]:
+    """Yields the answers of each group, in the order in which they are done."""
+    processes = min(processes, len(groups))
+    if processes < 2:
+        for cells in groups:
+            yield answer(setup, cells)
+        return
+
+    with multiprocessing.get_context("spawn").Pool(processes, one_of_several) as pool:
+        yield from pool.imap_unordered(functools.partial(answer, setup), groups)
+
+
+def with_equal_weights(context: Context, cells: list[Cell]) -> list[list[Cell]]:
+    """Returns the cells in groups: an erasure is made once, for all that is asked of it.
+
+    What only has to be loaded is a group for each cell, so that all processes have work.
+    """
+    groups = {}
+    for i, cell in enumerate(cells):
+        settings = context.weights_settings(cell.model, cell.concepts, cell.seed)
+        group = core.crc(settings) if cell.model.method else i
+        groups.setdefault(group, []).append(cell)
+    return [*groups.values()]
+
+
+def those_here(context: Context, cells: list[Cell]) -> list[Cell]:
+    """Returns the cells whose model is here; says which was to be trained elsewhere and isn't."""
+    here = []
+    missing = set()
+    for cell in cells:
+        settings = context.weights_settings(cell.model, cell.concepts, cell.seed)
+        if Path(settings.get("folder", "")).exists():
+            here.append(cell)
+        else:
+            missing.add(settings["folder"])
+    if missing:
+        names = ", ".join(sorted(missing))
+        print(f"left out, as it isn't trained: {names}; README.md says how", file=sys.stderr)
+    return here
+
+
+# ---- the command line
+
+
+def settings_from(given: list[str]) -> dict:
+    """Returns what --set gives: NAME=VALUE, a value being JSON or else a string."""
+    settings = {}
+    for each in given:
+        name, is_pair, value = each.partition("=")
+        if not is_pair:
+            raise UsageError(f"--set {each}: write NAME=VALUE, such as iterations=80")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def new_models(args: argparse.Namespace) -> list[Model]:
+    """Returns the models that the command line adds to the experiments' own."""
+    models = []
+    together = tuple(args.concept or ())  # what each of them erases
+    if args.method:
+        method = erase.find_function("--method", args.method)
+        models.append(
+            Model(args.label or args.method, method, settings_from(args.set), together=together)
+        )
+    for file in args.files:
+        sample.read_tensors(file)  # refused here, not in the middle of a run
+        models.append(Model(file.stem, file=str(file), together=together))
+    return models
+
+
+def models_of(name: str, more: list[Model]) -> list[Model]:
+    """Returns an experiment's models and the new ones. Raises UsageError for equal labels."""
+    models = [*experiment(name).MODELS, *more]
+    labels = [model.label for model in models]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(
+                f"{name}: two models are called {label!r}: choose another --label, or rename "
+                "the file"
+            )
+    return models
+
+
+def check_only(labels: list[str], models: dict[str, list[Model]]) -> None:
+    """Raises UsageError for a label that none of the experiments has."""
+    known = [*dict.fromkeys(model.label for several in models.values() for model in several)]
+    for label in labels:
+        if label not in known:
+            raise UsageError(f"--only {label!r}: choose from {', '.join(known)}")
+
+
+def cells_of(name: str, args: argparse.Namespace, models: list[Model]) -> list[Cell]:
+    """Returns the cells of an experiment's models, as the flags narrow them."""
+    module = experiment(name)
+    seeds = module.SEEDS if args.seeds is None else range(args.seeds)
+    seeds = [*seeds][:1] if args.quick else seeds
+    if args.only:
+        models = [model for model in models if model.label in args.only]
+    concepts = module.CONCEPTS[:1] if args.quick else module.CONCEPTS
+    cells = module.cells(models, args.concept or concepts, seeds)
+    return [*{cell.key: cell for cell in cells}.values()]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that don't fit together; gives --results its default."""
+    if args.processes < 1 or (args.seeds is not None and args.seeds < 1):
+        raise UsageError(f"--processes is {args.processes}, --seeds {args.seeds}: 1 or more")
+    if args.files and not args.concept:
+        raise UsageError("--files: add --concept with all that they erase")
+    if (args.label or args.set) and not args.method:
+        raise UsageError("--label and --set are of a --method, and there is none")
+    for concept in args.concept or ():
+        core.kind_of(concept)
+    if args.results is None:
+        args.results = Path("runs/quick" if args.quick else "runs/experiments/results")
+
+
+def show(name: str, records: dict[str, dict], models: list[Model], folder: Path) -> None:
+    """Prints an experiment's table, and draws its figure next to its answers."""
+    module = experiment(name)
+    found = Answers(records)
+    title = module.__doc__.partition("\n")[0]
+    print(f"\n**{title}**\n\n{module.table(found, models)}", flush=True)
+
+    if figures.pyplot is None:
+        print("no figure: pip install -r notebooks/requirements.txt", file=sys.stderr)
+        return
+    figures.save(module.figure(found, models), folder / f"{name}.png")
+
+
+def draw_sheet(name: str, records: dict[str, dict], context: Context, folder: Path) -> None:
+    """Draws an experiment's images, if it shows some."""
+    module = experiment(name)
+    if hasattr(module, "sheet"):
+        sheet = module.sheet(context, Answers(records)).quantize(256)
+        file = folder / f"{name}_images.png"
+        sample.write_whole(file, lambda part: sheet.save(part, format="PNG"))
+
+
+class Plan:
+    """Which cells are wanted, what is known of them, and what is still to be asked."""
+
+    def __init__(
+        self, context: Context, wanted: dict[str, list[Cell]], known: dict[str, dict]
+    ):
+        """wanted: cells by experiment. known: records by question."""
+        self.known = known
+        self.questions = {}  # of each experiment, by key
+        self.todo = {}  # a cell for each question, whichever experiments ask it
+        for name, cells in wanted.items():
+            self.questions[name] = {}
+            for cell in cells:
+                question = question_of(cell.ask.name, context.settings(cell))
+                self.questions[name][cell.key] = question
+                if question not in known:
+                    self.todo.setdefault(question, cell)
+
+    def add(self, answered: list[Answered]) -> list[str]:
+        """Takes answers in; returns which experiments asked for them."""
+        new = {}
+        for cell, record in answered:
+            new[question_of(cell.ask.name, record["settings"])] = record
+        self.known |= new
+        return [name for name, asked in self.questions.items() if {*asked.values()} & {*new}]
+
+    def records(self, name: str) -> dict[str, dict]:
+        """Returns an experiment's records so far, in the order of its cells."""
+        questions = self.questions[name]
+        return {key: self.known[q] for key, q in questions.items() if q in self.known}
+
+
+def write_shared(plan: Plan, folder: Path, shipped: dict[str, dict[str, dict]]) -> None:
+    """Writes the answers that an experiment shares with another one, and doesn't have itself.
+
+    shipped: records that needn't be written again.
+    """
+    own = read_records(folder)
+    for name in plan.questions:
+        records = plan.records(name)
+        stored = [own.get(name, {}), shipped.get(name, {})]
+        if any(all(each.get(key) != records[key] for each in stored) for key in records):
+            others = {key: own[name][key] for key in own.get(name, {}) if key not in records}
+            write_records(folder, name, records | others)
+
+
+def answer_all(plan: Plan, setup: Setup, processes: int, folder: Path) -> set[str]:
+    """Answers and writes what is still to be asked; returns which experiments have more.
+
+    Other answers in the folder stay.
+    """
+    context = core.open_context(*setup)
+    own = read_records(folder)
+    cells = those_here(context, [*plan.todo.values()])
+    changed = set()
+    with tqdm(total=len(cells), unit="answer", disable=not cells) as bar:
+        for answered in answers(setup, with_equal_weights(context, cells), processes):
+            for name in plan.add(answered):
+                changed.add(name)
+                asked = plan.questions[name]
+                others = {key: own[name][key] for key in own[name] if key not in asked}
+                write_records(folder, name, plan.records(name) | others)
+            bar.set_postfix_str(answered[-1].cell.key, refresh=False)
+            bar.update(len(answered))
+    return changed
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    chosen = NAMES if "all" in args.experiments else [*dict.fromkeys(args.experiments)]
+    check(args)
+    more = new_models(args)
+    models = {name: models_of(name, more) for name in chosen}
+    check_only(args.only or [], models)
+
+    setup = Setup(args.model, args.run, args.quick)
+    context = core.open_context(*setup)
+    shipped = {} if args.anew else read_records(SHIPPED)
+    known = by_question(shipped, read_records(args.results))
+    plan = Plan(context, {name: cells_of(name, args, models[name]) for name in chosen}, known)
+    changed = answer_all(plan, setup, args.processes, args.results)
+    write_shared(plan, args.results, shipped)
+
+    is_whole = not (more or args.only or args.concept)
+    for name in chosen:
+        show(name, plan.records(name), models[name], args.results)
+        file = f"{name}_images.png"
+        has_images = (SHIPPED / file).exists() or (args.results / file).exists()
+        if is_whole and (name in changed or not has_images):
+            draw_sheet(name, plan.records(name), context, args.results)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="The experiments of the paper, and beyond, on the miniature.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("experiments", nargs="+", choices=["all", *NAMES], metavar="EXPERIMENT",
+        help=f"all, or some of {', '.join(NAMES)}")
+    add("--quick", action="store_true", help="tries the code: two iterations, few images")
+    add("--anew", action="store_true", help="takes no answer that --results doesn't have")
+    add("--only", nargs="+", metavar="LABEL", help="only these of an experiment's models")
+    add("--seeds", type=int, help="erasures of each kind, each with images of its own")
+
+    add("--method", metavar="MODULE:FUNCTION", help="a method of your own: a new row")
+    add("--label", help="what its row is called")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of --method")
+    add("--files", nargs="+", type=Path, default=[], help="weights made elsewhere: new rows")
+    add("--concept", nargs="+", metavar="NAME", help="all that the new rows erase, together")
+
+    add("--model", type=Path, default=core.TOY, help="the miniature, with its judge")
+    add("--run", type=Path, default=Path("runs/experiments"), help="keeps erased weights")
+    add("--results", type=Path, help="a folder for new answers, figures and images; "
+        "runs/experiments/results or, with --quick, runs/quick")
+    add("--processes", type=int, default=2, help="each takes a core and 2 GB of memory")
+    sample.fail_in_one_line(run, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Shares, intervals and tests. A share is of one erasure; a table's cell is of several.
+
+    stats.text([Share(1, 20), Share(0, 20), Share(4, 20)])    # "8.3 (0 to 34)"
+"""
+
+import math
+import random
+import statistics
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+# Student's t for 95 %, two-sided, with 1, 2, ... 30 degrees of freedom
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)
+
+
+class Share(NamedTuple):
+    """How many of an erasure's images show what was looked for."""
+
+    hits: int
+    asked: int
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+# ---- intervals
+
+
+def wilson(hits: int, asked: int, z: float = 1.96) -> Interval:
+    """Returns a share's 95 % interval: Wilson, "Probable Inference", JASA 1927."""
+    p = hits / asked
+    middle = (p + z**2 / (2 * asked)) / (1 + z**2 / asked)
+    half = z / (1 + z**2 / asked) * math.sqrt(p * (1 - p) / asked + z**2 / (4 * asked**2))
+    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+
+
+def student(values: list[float]) -> Estimate:
+    """Returns the mean of several values and its 95 % interval by Student's t."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Estimate(mean, -math.inf, math.inf)
+
+    freedom = len(values) - 1
+    t = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.4 / freedom
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def estimate(shares: list[Share]) -> Estimate:
+    """Returns the mean share of several erasures, in percent, and its 95 % interval.
+
+    The interval is over erasures, by Student's t: another seed changes more than other
+    images do. Where erasures agree by luck (all have 0), the interval over images,
+    Wilson's, is wider, and is taken. So it is for a single erasure. Of nothing asked: nan.
+    """
+    shares = [share for share in shares if share.asked]
+    if not shares:
+        return Estimate(math.nan, math.nan, math.nan)
+    hits = sum(share.hits for share in shares)
+    asked = sum(share.asked for share in shares)
+    images = wilson(hits, asked)
+    mean = statistics.fmean(share.hits / share.asked for share in shares)
+    if len(shares) == 1:
+        return Estimate(100 * mean, 100 * images.low, 100 * images.high)
+
+    _, low, high = student([share.hits / share.asked for share in shares])
+    return Estimate(
+        mean=100 * mean,
+        low=100 * max(0.0, min(low, images.low)),
+        high=100 * min(1.0, max(high, images.high)),
+    )
+
+
+def text(shares: list[Share]) -> str:
+    """Returns percent with the interval: "4.4 (0 to 14)"; nothing if nothing was asked."""
+    if not sum(share.asked for share in shares):
+        return ""
+    mean, low, high = estimate(shares)
+    return f"{mean:.1f} ({low:.0f} to {high:.0f})"
+
+
+def number(values: list[float]) -> str:
+    """Returns the mean of several erasures with its interval: "24.0 (21.8 to 26.2)"."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else ""
+    mean, low, high = student(values)
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+
+# ---- comparisons
+
+
+class Pairs(NamedTuple):
+    """How the images of two models compare, prompt by prompt."""
+
+    only_one: int  # images that only the first gets right
+    only_other: int
+    p: float  # how likely a difference as large is by chance
+
+
+def mcnemar(one: list[bool], other: list[bool]) -> Pairs:
+    """Compares two models image by image: McNemar's exact test, two-sided, 1947.
+
+    Images on which they agree say nothing about which is better.
+    """
+    only_one = sum(a and not b for a, b in zip(one, other, strict=True))
+    only_other = sum(b and not a for a, b in zip(one, other, strict=True))
+    n = only_one + only_other
+    fewer = min(only_one, only_other)
+    tail = sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n
+    return Pairs(only_one, only_other, p=min(1.0, 2 * tail))
+
+
+def total_variation(seen: Counter, reference: Counter) -> float:
+    """Returns 1/2 sum |p_i - q_i| over what two sets of images show, 0 (the same) to 1."""
+    p = {name: count / sum(seen.values()) for name, count in seen.items()}
+    q = {name: count / sum(reference.values()) for name, count in reference.items()}
+    return sum(abs(p.get(name, 0) - q.get(name, 0)) for name in {*p, *q}) / 2
+
+
+def total_variation_by_chance(seen: Counter, reference: Counter) -> float:
+    """Returns what 95 % of 1,000 random halves of the pooled images stay below.
+
+    Two sets of images from one model differ, too.
+    """
+    rng = random.Random(0)
+    pooled = [*seen.elements(), *reference.elements()]
+    num = sum(seen.values())
+
+    by_chance = []
+    for _ in range(1000):
+        rng.shuffle(pooled)
+        by_chance.append(total_variation(Counter(pooled[:num]), Counter(pooled[num:])))
+    return sorted(by_chance)[949]
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns the Frechet distance of Gaussians fitted to features (N, D) and (M, D):
+
+    |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)), Heusel et al. 2017, eq. 6.
+    """
+    c_a = np.cov(a.T)
+    c_b = np.cov(b.T)
+    root = np.sqrt(np.linalg.eigvals(c_a @ c_b).real.clip(0)).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c_a) + np.trace(c_b) - 2 * root

@@ -1,0 +1,98 @@
+r"""Styles (5.1, Figures 5 and 6): does the erased style disappear, and do the other four stay?
+
+Every object is asked for in every style ("a star in the style of mosaic"). ESD-x erases "a
+picture in the style of mosaic", which names no object, in three times the iterations of an
+object.
+
+On SD v1:
+
+```sh
+python erase.py "Thomas Kinkade" --out kinkade.safetensors
+python -m notebooks.tools.table official/data/short_niche_art_prompts.csv \
+    --erased kinkade.safetensors --out kinkade --batch 16
+```
+"""
+
+from PIL import Image
+
+import sample
+from notebooks.experiments import core, figures, models, stats
+from notebooks.experiments.core import STYLES, Answers, Cell, Context, Model, in_styles
+from notebooks.toy.world import with_article
+
+MODELS = [
+    models.original,
+    models.esd_x(),
+    models.sld_medium,
+    models.sld_max,
+    models.negative_prompt,
+]
+CONCEPTS = STYLES
+SEEDS = core.SEEDS
+LEFT = "the erased style is seen, %"
+OTHERS = "the other styles are seen, %"
+PAPER = {  # section 5.1, by people, from 1 to 5; SLD's setting isn't given
+    "original": "3.21", "ESD-x": "1.12", "SLD-medium": "2.00 (SLD)", "negative prompt": "2.22",
+}
+FINDINGS = """\
+- ESD-x removes the style and leaves the others as they were.
+- The negative prompt and SLD-medium leave a style that the prompt names, and cost other styles.
+"""
+
+
+def cells(models, concepts, seeds) -> list[Cell]:
+    own = [concept for concept in concepts if concept in CONCEPTS]
+    return core.grid(models, own, asks=[in_styles], seeds=seeds)
+
+
+def counted(answers: Answers, model: Model, styles, what: str) -> list[stats.Share]:
+    """Returns the shares of several erasures."""
+    return answers.pooled(model, styles, in_styles, head="style", own=what == LEFT)
+
+
+def table(answers: Answers, models: list[Model]) -> str:
+    """Returns a row for each model: all styles, then what is left of each."""
+    styles = answers.erased(models, CONCEPTS, in_styles)
+    models = answers.answered(models, styles, in_styles)
+    header = [
+        "method", LEFT, OTHERS, *(f"{style} is seen, %" for style in styles),
+        "*paper, 5.1: likeness to the artist, 1 to 5*",
+    ]
+    rows = []
+    for model in models:
+        cells = [stats.text(counted(answers, model, styles, what)) for what in (LEFT, OTHERS)]
+        cells += [stats.text(counted(answers, model, [style], LEFT)) for style in styles]
+        rows.append([model.label, *cells, PAPER.get(model.label, "")])
+    return core.table(header, rows)
+
+
+def figure(answers: Answers, models: list[Model]):
+    """Returns a row for each model: all styles together."""
+    styles = answers.erased(models, CONCEPTS, in_styles)
+    models = answers.answered(models, styles, in_styles)
+    panels = {}
+    for what in (LEFT, OTHERS):
+        panels[what] = {}
+        for model in models:
+            shares = counted(answers, model, styles, what)
+            panels[what][model.label] = [figures.Dot("here", shares)]
+    return figures.dots(panels)
+
+
+def sheet(context: Context, answers: Answers) -> Image.Image:
+    """Draws a heart in every style under the original and under five ESD-x models.
+
+    A label says how often the judge sees the style that each prompt asks for, in all images.
+    """
+    prompts = [f"{with_article('heart')} in the style of {style}" for style in STYLES]
+    original, esd_x = MODELS[:2]
+    styles = answers.erased([esd_x], CONCEPTS, in_styles)
+    rows = []
+    for model, concept in [(original, ""), *((esd_x, style) for style in styles)]:
+        labels = [f"erased: {concept or 'nothing'}"]
+        for style in STYLES:
+            share = core.percent(answers, model, concept, in_styles, style, head="style")
+            labels.append(f"{style} {share}")
+        cell = core.cell_of(model, concept, seed=0, ask=in_styles)
+        rows.append((labels, context.row(cell, prompts)))
+    return sample.contact_sheet(rows, least=128)

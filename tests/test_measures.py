@@ -1,0 +1,362 @@
+"""What experiments measure: guidance's slope, robust's attacks, methods' shares, cost's calls."""
+
+import itertools
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+
+import ddim
+import erase
+from notebooks.experiments import core, cost, guidance, methods, models, robust, stats
+from notebooks.experiments.core import Answers, Model, Share
+from notebooks.methods import esd
+from notebooks.toy import judge as judging
+from notebooks.toy import world
+
+
+def letters_of(names: list[str | None], head: str = "object") -> str:
+    """Returns what a judge that sees these would have stored."""
+    of_head = (*judging.HEADS[head], None)
+    return "".join(core.LETTERS[of_head.index(name)] for name in names)
+
+
+def answers_of(*answered: tuple[core.Cell, dict]) -> Answers:
+    return Answers({cell.key: {"answer": answer} for cell, answer in answered})
+
+
+# ---- guidance: the slope
+
+
+class Moved(torch.nn.Module):
+    """A made-up U-Net: its eps for each prompt is given."""
+
+    def __init__(self, eps: dict[float, torch.Tensor]):
+        super().__init__()
+        self.eps = eps  # by the feature
+        self.conv_in = torch.nn.Conv2d(1, 1, 1)  # whose device is the model's
+
+    def forward(self, x_t, t, c):
+        return self.eps[round(c[0, 0, 0].item(), 6)]
+
+
+def text(c: float, null: float) -> erase.Text:
+    """Returns features that are one number each; a model may have numbers of its own."""
+    features = [torch.full((2, 1, 1), value).double() for value in (c, null, c)]
+    return erase.Text(*features)
+
+
+def test_the_slope_is_that_of_the_guidance_law():
+    """kappa(g) = m_0 + g (1 + m_c - m_0), along d, whatever moved across it."""
+    rng = Generator().manual_seed(0)
+    eps_null, eps_c, across_null, across_c, x_t = torch.randn(
+        (5, 2, 4, 8, 8), generator=rng, dtype=torch.float64
+    )
+    d = eps_c - eps_null
+
+    def along_d(eps):
+        return ((eps * d).sum() / d.square().sum()).item()
+
+    moved_null = eps_null - 0.4 * d + across_null - along_d(across_null) * d
+    moved_c = eps_c - 1.1 * d + across_c - along_d(across_c) * d
+
+    sums = guidance.movement(
+        Moved({0.5: moved_c, 0.6: moved_null}), Moved({1.0: eps_c, 0.0: eps_null}),
+        x_t, torch.tensor([1, 1]), text=text(0.5, 0.6), text_of_frozen=text(1.0, 0.0),
+    )
+    law = guidance.law_of([sums])
+    assert law == pytest.approx((-1.1, -0.4))
+    assert law.slope == pytest.approx(1 - 1.1 + 0.4)
+    for scale in (1, 3, 7.5):
+        kappa = along_d(ddim.guide(moved_null, moved_c, scale) - eps_null)
+        assert kappa == pytest.approx(law.m_0 + scale * law.slope)
+
+
+def test_the_law_is_of_sums_over_all_x_t():
+    moved = [guidance.Movement(-1.0, 0.5, d_squared=1.0), guidance.Movement(-6.0, 0.0, 3.0)]
+    assert guidance.law_of(moved) == (-7 / 4, 0.5 / 4)
+
+
+@pytest.fixture
+def context(sd):
+    return core.Context(sd, judging.Judge(), "", "", run=Path("nowhere"), quick=True)
+
+
+def test_the_slope_of_models_whose_movement_is_known(sd, context):
+    """The original's is 1; where the concept became the empty prompt, m_c is -1 and it is 0."""
+    cell = core.cell_of(models.original, "star", 0, guidance.slope("star"))
+    answer = guidance.measure_slope(context, sd, cell)
+    assert (answer["m_c"], answer["m_0"], answer["slope"]) == (0, 0, 1)
+    assert [*answer["by time"]] == ddim.timesteps(8)
+
+    batches = []
+
+    class Forgetful(torch.nn.Module):
+        config = sd.unet.config
+        conv_in = sd.unet.conv_in
+
+        def forward(self, x_t, t, c):
+            batches.append(len(x_t))
+            return sd.unet(x_t, t, sd.encode([""]).expand_as(c))
+
+    answer = guidance.measure_slope(context, replace(sd, unet=Forgetful()), cell)
+    assert answer["m_c"] == pytest.approx(-1, abs=1e-5)
+    assert answer["m_0"] == 0
+    assert answer["slope"] == pytest.approx(0, abs=1e-5)
+    # it draws four trajectories of 8 steps itself, with guidance; then both predictions
+    assert (batches.count(8), batches.count(4)) == (4 * 7, 4 * 8 * 2)
+
+
+def test_every_guidance_is_asked_and_the_usual_one_is_the_model_itself():
+    mine = Model("mine", esd.erase)
+    cells = guidance.cells([models.original, mine], ["star", "dots"], [0])
+    assert guidance.at(mine, 5) == mine
+    found = {}
+    for cell in cells:
+        if cell.model.label.startswith("mine"):
+            scale = cell.model.sampling.get("guidance", 5)
+            found.setdefault((cell.concepts, scale), []).append(cell.ask.name)
+    own = ["star in its own prompts"]
+    assert found[("star",), 1] == found[("star",), 2] == found[("star",), 7.5] == own
+    assert found[("star",), 10] == [*own, "by name"]
+    assert found[("star",), 5] == [*own, "by name", "slope of star"]
+    assert found[("dots",), 10] == ["dots in its own prompts", "in styles"]
+    assert sum("slope" in cell.ask.name for cell in cells) == 2  # the original has none
+
+
+@pytest.mark.parametrize(
+    "low, high, comes_back", [(0, 0, False), (0, 2, False), (0, 3, True), (10, 10, False)]
+)
+def test_what_comes_back(low, high, comes_back):
+    """Of 20 images: more than 10 % at g 10, and more than 5 points more than at g 1."""
+    mine = Model("mine", esd.erase)
+    answered = []
+    for scale, hits in ((1, low), (10, high)):
+        cell = core.cell_of(guidance.at(mine, scale), "star", 0, guidance.own_prompts("star"))
+        answered.append((cell, {"object": letters_of(["star"] * hits + [None] * (20 - hits))}))
+    cell = core.cell_of(mine, "star", 0, guidance.slope("star"))
+    answers = answers_of(*answered, (cell, {"slope": 0.3}))
+
+    (erasure,) = guidance.erasures(answers, [mine])
+    assert erasure == ("mine", 0.3, low / 20, high / 20)
+    assert erasure.comes_back == comes_back
+    hits = int(comes_back)
+    assert f", {hits} of 1" in guidance.line_on_signs(answers, [mine])
+    assert f"| {5 * high}.0 (" in guidance.table(answers, [mine])
+
+
+# ---- robust: the hard prompt, the noise, the distance
+
+
+def test_the_search_for_a_hard_prompt_finds_what_drawing_all_would():
+    rng = random.Random(0)
+    saved = 0
+    for trial in range(300):
+        chance = rng.choice((0, 0.1, 0.3, 0.6))
+        shown = {f"p{i}": [rng.random() < chance for _ in range(4)] for i in range(60)}
+        drawn = []
+
+        def count(prompts, seeds):
+            drawn.extend(itertools.product(prompts, seeds))
+            return [sum(shown[prompt][seed] for seed in seeds) for prompt in prompts]
+
+        scores = robust.best_score([*shown], count)
+        full = [sum(each) for each in shown.values()]
+        assert max(scores) == max(full)
+        assert scores.index(max(scores)) == full.index(max(full))
+        assert len(drawn) == len({*drawn})
+        saved += 240 - len(drawn)
+    assert saved > 300 * 40
+
+
+def test_a_hard_prompt_is_sought_until_all_images_show_the_concept():
+    worth = {"a star": 0, "sea a star": 1, "badge a star": 3, "sea badge a star": 4}
+    asked = []
+
+    def count(prompts, seeds):
+        asked.extend(prompts)
+        return [sum(seed < worth.get(prompt, 0) for seed in seeds) for prompt in prompts]
+
+    assert robust.hard_prompt("a star", ["sea", "badge"], count) == "sea badge a star"
+    asked.clear()
+    assert robust.hard_prompt("sea badge a star", ["sea", "badge"], count) == "sea badge a star"
+    assert {*asked} == {"sea badge a star"}
+
+
+def test_which_noises_lead_to_the_concept():
+    """Each x_t says from which amount on it shows the concept."""
+    tried = []
+
+    def draw(x_t, amount, rng):
+        tried.append((amount, len(x_t)))
+        return [amount >= needed for needed in x_t.tolist()]
+
+    x_t = torch.tensor([3.0, 1.0, 9.0, 2.0])
+    shows = list
+    assert robust.with_noise(draw, x_t, shows, amounts=(1, 2, 3, 4)) == "1101"
+    assert tried == [(1, 4), (2, 3), (3, 2), (4, 1)]
+
+
+def test_eps_is_stored_for_the_distance_of_any_two_models(sd, monkeypatch):
+    x_0 = torch.randn((3, *sd.latent_shape), generator=Generator().manual_seed(0))
+    monkeypatch.setattr(robust, "VALUES", x_0[0].numel())
+    stored = robust.eps_of(sd, "a star", x_0)
+    eps = robust.decoded(stored)
+    assert eps.shape == (5, 3, x_0[0].numel())
+
+    noise = torch.randn(x_0.shape, generator=Generator().manual_seed(1))
+    x_t = ddim.add_noise(x_0, noise, ddim.alphas_cumprod()[501])
+    with torch.no_grad():
+        expected = sd.unet(x_t, torch.tensor(501), sd.encode(["a star"] * 3))
+    difference = abs(eps[2] - expected.flatten(1).double().numpy())
+    assert difference.max() < 2e-3 * expected.abs().max()
+
+    # of another model, further away for each next image
+    further = eps + np.array([1.0, 2.0, 4.0])[:, None]
+    other = robust.base64.b64encode(further.astype(np.float16).tobytes()).decode()
+    distances = abs(robust.decoded(other) - eps).mean(axis=(0, 2))
+    text = robust.eps_distance({0: {"eps": stored}}, {1: {"eps": other}})
+    mean, low, high = stats.student(distances.tolist())  # over images
+    assert text == f"{mean:.3f} ({low:.3f} to {high:.3f})"
+    text = robust.eps_distance({0: {"eps": other}, 1: {"eps": stored}}, {1: {"eps": stored}})
+    assert text == "0.000 (0.000 to 0.000)"  # the same seed
+
+
+def attacked(by_name: int, relearned: dict[int, int], noise: str = "0" * 20) -> dict:
+    """Returns an answer with 20 images each, so many of stars."""
+    def letters(hits):
+        return letters_of(["star"] * hits + ["moon"] * (20 - hits))
+
+    return {
+        "seen": {"by name": letters(by_name), "g 10": letters(2)},
+        "noise": noise,
+        "relearned": {str(stop): letters(hits) for stop, hits in relearned.items()},
+        "eps": robust.base64.b64encode(bytes(2 * 5 * 8 * robust.VALUES)).decode(),
+    }
+
+
+def test_the_table_of_attacks_with_and_without_a_retrained_model():
+    mine = Model("mine", esd.erase)
+    cells = [core.cell_of(m, "star", 0, robust.attacks_on("star"))
+             for m in (robust.ORIGINAL, mine, robust.NEVER_SAW)]
+    answers = [
+        attacked(20, {5: 20, 10: 20}), attacked(0, {5: 9, 10: 16}, "1" * 5 + "0" * 15),
+        attacked(0, {5: 0, 10: 0}),
+    ]
+    both = [robust.ORIGINAL, mine, robust.NEVER_SAW]
+
+    table = robust.table(answers_of(*zip(cells[:2], answers)), both).splitlines()
+    assert len(table) == 4
+    row = [cell.strip() for cell in table[3].strip("|").split("|")]
+    assert row[:3] == ["star", "mine", "0.0 (0 to 16)"]
+    assert row[5].startswith("25.0 (") and row[8].startswith("10.0 (")
+    assert row[9:] == ["10 (5 to 10)", "", ""]  # half is 50 %: 45 and 80 %
+
+    table = robust.table(answers_of(*zip(cells, answers)), both).splitlines()
+    row, never = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[3:]]
+    assert row[10:] == ["0.00 (chance 0.00)", "0.000 (0.000 to 0.000)"]
+    assert never[9:] == ["over 10 (over 10 to over 10)", "", ""]
+
+
+def test_censored_training_is_attacked_for_what_it_left_out_only():
+    cells = robust.cells(robust.MODELS, robust.CONCEPTS, [0])
+    of_censored = {cell.concepts for cell in cells if cell.model == robust.CENSORED}
+    assert of_censored == {("star",), ("heart",)}
+    assert {cell.ask.about for cell in cells if cell.model == robust.ORIGINAL} == {
+        "star", "heart", "mosaic"
+    }
+
+
+# ---- methods: the measures
+
+
+def seen_by(ask: core.Ask, erased: str) -> dict[str, str]:
+    """Returns the answer of a model that shows nothing where it is asked for the concept."""
+    found = {head: [] for head in judging.HEADS}
+    for wanted in core.wanted_by(ask.questions()):
+        for head, several in found.items():
+            several.append(None if erased in wanted.values() else wanted.get(head))
+    return {head: letters_of(several, head) for head, several in found.items()}
+
+
+@pytest.mark.parametrize("concept", ["star", "mosaic"])
+def test_the_measures_of_an_erasure_that_harms_nothing(concept):
+    mine = Model("mine", esd.erase)
+    cells = methods.cells([mine], [concept], [0, 1])
+    answered = []
+    for cell in cells:
+        spent = {"seconds": 10.0 + cell.seed, "parameters": 2000}
+        answer = seen_by(cell.ask, concept) if cell.ask.questions else spent
+        answered.append((cell, answer))
+    answers = answers_of(*answered)
+
+    measures = methods.measured(answers, mine, concept)
+    is_object = concept in world.OBJECTS
+    assert measures.ua == [Share(20, 20)] * 2
+    assert measures.ira == [Share(180, 180) if is_object else Share(80, 80)] * 2
+    assert measures.cra == [Share(90, 90) if is_object else Share(200, 200)] * 2
+    assert measures.in_contexts == ([Share(10, 10)] * 2 if is_object else [])
+    assert len(measures.in_scenes) == (2 if is_object else 0)
+    assert measures.harmonic() == [100, 100]
+
+    line = methods.table(answers, [models.original, mine]).splitlines()[2]
+    assert line.startswith(f"| {concept} | mine | 100.0 | 1 |")
+    assert line.endswith("| 10.5 | 2 |")
+
+
+def test_the_harmonic_mean_and_what_is_kept():
+    measures = methods.Measures([Share(1, 2)], [], [], ira=[Share(1, 1)], cra=[Share(30, 99)])
+    assert measures.harmonic() == [pytest.approx(300 / (2 + 1 + 3.3))]
+    assert measures.kept() == [Share(round((1 + 30 / 99) / 2 * 100), 100)]
+
+
+def test_mcnemars_p_is_against_esd_x_on_all_seeds_of_both():
+    mine = Model("mine", esd.erase)
+    stars = [wanted["object"] == "star" for wanted in core.wanted_by(core.objects())]
+    answered = []
+    for model, hits, seeds in ((models.esd_x(), 0, (0, 1)), (mine, 4, (0, 1, 2))):
+        names = iter(["star"] * hits + ["moon"] * (20 - hits))
+        seen = letters_of([next(names) if each else "ring" for each in stars])
+        for seed in seeds:
+            cell = core.cell_of(model, "star", seed, core.by_name)
+            answered.append((cell, {head: "a" * 200 for head in judging.HEADS} | {"object": seen}))
+    answers = answers_of(*answered)
+    assert methods.against_baseline(answers, mine, "star") == "0.008"  # 2 / 2^8
+    assert methods.against_baseline(answers, models.esd_x(), "star") == ""
+
+
+# ---- cost: calls
+
+
+def counted_calls(sd, settings: dict) -> int:
+    """Returns what the U-Net is called with in an erasure; each step's backward pass is two."""
+    latents = []
+    hook = sd.unet.register_forward_pre_hook(lambda _, inputs: latents.append(len(inputs[0])))
+    try:
+        esd.erase(sd, {"star": ""}, **settings)
+    finally:
+        hook.remove()
+    return sum(latents) + 2 * settings["iterations"] * settings["batch"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"steps": 4, "every_step": True, "iterations": 8, "first": None, "batch": 1},
+    {"steps": 4, "every_step": True, "iterations": 6, "first": None, "batch": 2},
+    {"steps": 4, "every_step": True, "iterations": 5, "first": None, "batch": 1},
+    {"steps": 4, "every_step": True, "iterations": 7, "batch": 1, "first": 3},
+    {"steps": 4, "every_step": True, "iterations": 3, "batch": 1, "first": 1},
+    {"steps": 4, "every_step": True, "iterations": 6, "batch": 1, "x_t": "frozen", "first": 2},
+])
+def test_calls_with_every_step_are_exact(sd, settings):
+    assert cost.calls(settings) == counted_calls(sd, settings)
+
+
+def test_calls_with_random_times_are_the_mean(sd):
+    settings = {"steps": 3, "every_step": False, "first": None, "iterations": 60, "batch": 1}
+    assert cost.calls(settings) == 60 * (5 + 2)
+    assert counted_calls(sd, settings) == pytest.approx(cost.calls(settings), abs=40)
+    assert cost.calls(cost.MODELS[1].settings) == 160 * 54
