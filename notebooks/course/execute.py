@@ -1,8 +1,8 @@
 """Runs the notebooks, each in a fresh kernel, as CI does.
 
     pip install -r notebooks/requirements.txt
-    python notebooks/execute.py                 # runs all five and writes nothing
-    python notebooks/execute.py 2 4 --write     # runs two and stores their outputs
+    python notebooks/course/execute.py                 # runs all six and writes nothing
+    python notebooks/course/execute.py 2 4 --write     # runs two and stores their outputs
 
 Fails if a cell raises, if a cell that starts with "# Figure" shows no image, or if a notebook takes
 more than five minutes.
@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 LIMIT = 300  # seconds
 
 

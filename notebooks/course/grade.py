@@ -1,0 +1,259 @@
+"""Grades submitted notebooks: each exercise's function, on cases that its check doesn't have.
+
+    python -m notebooks.course.grade SUBMISSION.ipynb ...           # JSON: points, and why
+    python -m notebooks.course.grade SUBMISSION.ipynb ... --csv     # a row for each notebook
+    python -m notebooks.course.grade SUBMISSION.ipynb --gradescope  # Gradescope's results.json
+
+Nothing that a notebook stores or prints counts. Each function runs in a fresh interpreter, in a
+copy of the project without solutions, checks and the functions that would be the answer, for 20
+seconds at most; its results are compared here. A copy of the project's lines, typed by hand, still
+counts as right. A submission can do what the user who runs this can do: notebooks/course/README.md
+has a container.
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from notebooks.course import cases, checks, submission
+from sample import UsageError
+
+ROOT = Path(__file__).parents[2]
+SEEDS = (3, 4, 5)  # of the hidden cases; the checks use 0
+UNREADABLE = "wrong: its results can't be read"
+NOBODY = {"user": 65534, "group": 65534, "extra_groups": []}
+TAKEN = '''def {name}(*_, **__):
+    raise RuntimeError("this is the project's own function: write yours")
+'''
+
+
+# ---- a copy of the project, without answers
+
+
+def take_away(folder: Path, forbidden: str) -> None:
+    """Replaces a function in a copy of the project by one that raises."""
+    *path, name = forbidden.split(".")
+    file = folder.joinpath(*path).with_suffix(".py")
+    source = file.read_text()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            function = ast.get_source_segment(source, node)
+            file.write_text(source.replace(function, TAKEN.format(name=name)))
+
+
+def copy_project(folder: Path, forbidden: tuple[str, ...]) -> None:
+    """Copies what a submission may use: no solutions, no checks, no function that is the answer."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    left_out = shutil.ignore_patterns("course", "results", "*.ipynb", "*.png", "__pycache__", ".*")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=left_out)
+
+    course = folder / "notebooks" / "course"
+    course.mkdir()
+    for name in ("cases.py", "answer.py"):
+        shutil.copy(ROOT / "notebooks" / "course" / name, course)
+    for function in forbidden:
+        take_away(folder, function)
+
+
+# ---- a process of its own
+
+
+@functools.cache
+def other_user() -> dict:
+    """Returns Popen's settings for a user without rights, if root runs this; {} otherwise."""
+    if os.geteuid() != 0:
+        return {}
+    with contextlib.suppress(OSError):
+        command = [sys.executable, "-c", "import torch"]
+        if subprocess.run(command, cwd="/", capture_output=True, **NOBODY).returncode == 0:
+            return NOBODY
+
+    print("submissions run as root, since nobody else can run this Python", file=sys.stderr)
+    return {}
+
+
+def ask(folder: Path, question: dict, seconds: int) -> dict:
+    """Returns the answer of a process that runs in a folder: {"results": ...} or {"why": ...}."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)  # it could lead to the solutions
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "notebooks.course.answer", str(out.fileno())],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[out.fileno()],
+            start_new_session=True,
+            **other_user(),
+        )
+        try:
+            process.communicate(json.dumps(question).encode(), timeout=60 + seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            process.wait()
+
+        if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return {"why": f"wrong: it takes more than {seconds} seconds"}
+        out.seek(0)
+        written = out.read(2**26)
+    if not written:
+        return {"why": "wrong: it ends its process"}
+    try:
+        return dict(json.loads(written))
+    except (ValueError, TypeError, RecursionError):  # the submission has written something else
+        return {"why": UNREADABLE}
+
+
+# ---- points
+
+
+def verdict(exercise: checks.Exercise, results: list) -> str:
+    """Returns "right", or what is wrong with results, lists for each of the hidden cases."""
+    try:
+        for seed, case in zip(SEEDS, results, strict=True):
+            tensors = [torch.tensor(result, dtype=torch.float64) for result in case]
+            says = exercise.verdict(tensors, seed)
+            if says != "right":
+                return says
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return UNREADABLE
+    return "right"
+
+
+def grade_one(cells: list[str], name: str, seconds: int) -> str:
+    """Returns "right", or what is wrong with a student's function."""
+    exercise = checks.EXERCISES[name]
+    try:
+        statements = submission.statements_for(cells, name)
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        return f"wrong: line {error.lineno} of its cell isn't Python: {line} ({error.msg})"
+    if not statements:
+        return cases.NOT_YET
+
+    question = {
+        "ask": exercise.ask.__name__,
+        "name": name,
+        "statements": statements,
+        "seeds": SEEDS,
+        "seconds": seconds,
+    }
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        copy_project(folder, exercise.forbidden)
+        if other_user():
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, NOBODY["user"], NOBODY["group"])
+        answer = ask(folder, question, seconds)
+
+    if "results" in answer:
+        return verdict(exercise, answer["results"])
+    why = str(answer.get("why"))
+    return why if why.startswith(("wrong:", cases.NOT_YET)) else UNREADABLE
+
+
+def chapter_of(number: str, cells: list[str]) -> str:
+    """Returns a notebook's number: by the functions in its cells, without any by its heading."""
+    found = []
+    for name, exercise in checks.EXERCISES.items():
+        found += [exercise.number[0]] * any(name in cell for cell in cells)
+    return max(found, key=found.count, default=number)
+
+
+def grade(file: Path, seconds: int = 20) -> dict:
+    """Returns the points for a notebook's exercises; for another file, none and an error."""
+    graded = {"file": str(file), "points": 0, "of": 0, "exercises": {}}
+    try:
+        number, cells = submission.read(file)
+        chapter = chapter_of(number, cells)
+    except UsageError as error:
+        return graded | {"error": str(error)}
+
+    for name, exercise in checks.EXERCISES.items():
+        if exercise.number[0] == chapter:
+            says = grade_one(cells, name, seconds)
+            points = int(says == "right")
+            graded["exercises"][exercise.number] = {"points": points, "says": says}
+            graded["points"] += points
+            graded["of"] += 1
+    if not graded["of"]:
+        graded["error"] = f"{file} has none of the course's exercises"
+    return graded
+
+
+# ---- other forms
+
+
+def print_csv(graded: list[dict]) -> None:
+    """Prints a row for each notebook, and a column for each exercise."""
+    numbers = sorted({number for each in graded for number in each["exercises"]})
+    out = csv.writer(sys.stdout)
+    out.writerow(["file", "points", "of", *numbers, "why"])
+    for each in graded:
+        points = []
+        why = [each["error"]] if "error" in each else []
+        for number in numbers:
+            exercise = each["exercises"].get(number, {"points": "", "says": "right"})
+            points.append(exercise["points"])
+            if exercise["says"] != "right":
+                why.append(f"{number} {exercise['says']}")
+        out.writerow([each["file"], each["points"], each["of"], *points, "; ".join(why)])
+
+
+def gradescope(graded: list[dict]) -> dict:
+    """Returns Gradescope's results.json for one student's notebooks."""
+    tests = []
+    for each in graded:
+        for number, exercise in each["exercises"].items():
+            tests.append({
+                "name": number,
+                "score": exercise["points"],
+                "max_score": 1,
+                "status": "passed" if exercise["points"] else "failed",
+                "output": exercise["says"],
+            })
+    errors = [each["error"] for each in graded if "error" in each]
+    return {
+        "score": sum(test["score"] for test in tests),
+        "output": "\n".join(errors),
+        "tests": tests,
+    }
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="Grades submitted notebooks.")
+    parser.add_argument("submissions", nargs="+", type=Path, metavar="SUBMISSION")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print a row for each notebook")
+    form.add_argument("--gradescope", action="store_true", help="print Gradescope's results.json")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    graded = [grade(file) for file in args.submissions]
+    if args.csv:
+        print_csv(graded)
+    else:
+        print(json.dumps(gradescope(graded) if args.gradescope else graded, indent=2))
+
+
+if __name__ == "__main__":
+    main()
