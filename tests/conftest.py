@@ -17,7 +17,7 @@ from support import small
 
 torch.set_num_threads(1)  # models this small lose more to waiting than they win from threads
 
-ON_REQUEST = ("robustness", "fuzz", "full_size")  # markers, in pyproject.toml; the longest last
+ON_REQUEST = ("robustness", "browser", "fuzz", "full_size")  # in pyproject.toml; the longest last
 
 
 def pytest_addoption(parser):
