@@ -1,5 +1,6 @@
 """The committed notebooks: outputs match the code, every figure is there, and links work."""
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import erase
-from notebooks import checks, grade
+from notebooks.course import checks
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9]_*.ipynb"))
@@ -33,13 +34,13 @@ def code_of(file: Path) -> str:
     return "\n".join("".join(cell["source"]) for cell in code_cells(file))
 
 
-def test_there_are_five():
-    assert [file.name[0] for file in NOTEBOOKS] == ["1", "2", "3", "4", "5"]
+def test_there_are_six():
+    assert [file.name[0] for file in NOTEBOOKS] == ["1", "2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_outputs_match_the_code(file):
-    """If it fails, run `python notebooks/execute.py NUMBER --write`."""
+    """If it fails, run `python notebooks/course/execute.py NUMBER --write`."""
     lines = code_of(file).splitlines()
     code = "\n".join(line for line in lines if "git clone" not in line)
     made_by = json.loads(file.read_text())["metadata"]["code"]
@@ -62,6 +63,26 @@ def test_the_model_is_chosen_in_one_line(file):
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_what_it_takes_from_the_project_exists(file):
+    """Each name that it imports from `notebooks`, and each attribute of such a module."""
+    pytest.importorskip("matplotlib")
+    imported = {}
+    for node in ast.walk(ast.parse(code_of(file))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("notebooks"):
+            for each in node.names:
+                statement = f"from {node.module} import {each.name} as found"
+                exec(statement, names := {})
+                imported[each.asname or each.name] = names["found"]
+    assert "checks" in imported
+
+    for node in ast.walk(ast.parse(code_of(file))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = imported.get(node.value.id)
+            if inspect.ismodule(module):
+                assert hasattr(module, node.attr), f"{node.value.id}.{node.attr}"
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_code_lines_fit_on_a_page(file):
     assert [line for line in code_of(file).splitlines() if len(line) > 100] == []
 
@@ -76,7 +97,8 @@ def test_there_are_three_exercises_with_their_checks(file):
     assert checked and all(checks.EXERCISES[name].number[0] == number for name in checked)
 
 
-@pytest.mark.parametrize("page", ["README.md", "notebooks/README.md", "notebooks/toy/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "notebooks/README.md", "notebooks/course/README.md",
+                                  "notebooks/toy/README.md"])
 def test_links_to_files_work(page):
     file = FOLDER.parent / page
     links = re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', file.read_text())
@@ -117,17 +139,79 @@ def test_on_colab_the_project_is_fetched_once(file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_exercises_are_marked_for_nbgrader(file):
-    """A cell for the function, one whose value is the point; their outputs give nothing away."""
+    """A cell for the function, one whose value is the point; their outputs give nothing away.
+
+    A stub's `return` is what nbgrader replaces. Code to be mended is an ordinary cell, which
+    nbgrader leaves as it is.
+    """
     cells = code_cells(file)
     for cell, check in zip(cells, cells[1:]):
         if "says = checks." in "".join(check["source"]):
-            marks = cell["metadata"]["nbgrader"]
+            source = "".join(cell["source"])
             check_marks = check["metadata"]["nbgrader"]
-            assert marks["solution"] and not marks["grade"]
             assert check_marks["grade"] and check_marks["locked"] and check_marks["points"] == 1
-            assert f"def {marks['grade_id']}(" in "".join(cell["source"])
-            assert f"({marks['grade_id']})" in "".join(check["source"])
+            name = check_marks["grade_id"].removesuffix("-check")
+            assert f"def {name}(" in source and f"({name})" in "".join(check["source"])
             assert not cell["outputs"] and not check["outputs"]
+
+            if name == "my_denoise":
+                assert "nbgrader" not in cell["metadata"]
+                continue
+            marks = cell["metadata"]["nbgrader"]
+            assert marks["solution"] and not marks["grade"] and marks["grade_id"] == name
+            assert source.endswith(
+                "    ### BEGIN SOLUTION\n    return ...\n    ### END SOLUTION"
+            )
+
+
+# ---- the handout
+
+
+def handout() -> set[str]:
+    """Returns the files that the command of the teachers' page hands out, and their folders."""
+    page = (FOLDER / "course" / "README.md").read_text()
+    left_out = re.findall(r'":!([^"]+)"', page.partition("git archive")[2].partition("```")[0])
+    assert len(left_out) > 5
+    never = (".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache")
+    found = set()
+    for path in FOLDER.parent.rglob("*"):
+        name = path.relative_to(FOLDER.parent)
+        if not set(name.parts) & {*never}:
+            if not any(name.is_relative_to(each) for each in left_out):
+                found.add(name.as_posix())
+    for each in left_out:
+        assert (FOLDER.parent / each).exists(), each
+    return found
+
+
+def test_the_handout_has_no_solutions():
+    names = handout()
+    assert {"notebooks/course/checks.py", "notebooks/course/cases.py", "tests/test_ddim.py",
+            "README.md", "notebooks/toy/model/model_index.json"} <= names
+    for name in names:
+        assert "solution" not in name
+        if name.endswith(".py") and name.startswith(("tests/", "notebooks/")):
+            source = (FOLDER.parent / name).read_text()
+            assert "course.solutions" not in source and "course import grade" not in source, name
+
+
+def test_the_handout_names_nothing_that_is_not_in_it():
+    """Links, and paths into the folders of which it leaves out a part."""
+    names = handout()
+    for name in sorted(names):
+        file = FOLDER.parent / name
+        if file.suffix not in (".md", ".ipynb", ".py", ".toml") or not file.is_file():
+            continue
+        text = file.read_text()
+        paths = re.findall(r"(?:notebooks/course|solutions)/[\w./]*\w", text)
+        if file.suffix in (".md", ".ipynb"):
+            paths += re.findall(r"tests/[\w./]*\w", text)
+            paths += re.findall(r"\]\((?!http)([\w./-]+\.\w+)[)#]", text)
+        for path in paths:
+            near = [(file.parent / path).resolve(), FOLDER.parent / path]
+            within = [each for each in near if each.is_relative_to(FOLDER.parent)]
+            found = {each.relative_to(FOLDER.parent).as_posix() for each in within}
+            assert found & names, f"{name}: {path}"
 
 
 # ---- notebook 4: losses and data have no hidden state
@@ -153,7 +237,10 @@ def random_batches(unet, texts, shape, rng):
 @pytest.fixture(scope="module")
 def notebook_4(sd):
     """The functions of notebook 4, with what they take from the cells around them."""
-    source = grade.definitions(json.loads(NOTEBOOKS[3].read_text()))
+    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    body = ast.parse(code_of(NOTEBOOKS[3])).body
+    nodes = [node for node in body if isinstance(node, definitions)]
+    source = ast.unparse(ast.Module(nodes, []))
     kept = sd.encode(["a heart", "a moon", "a red cross", ""])
     functions = {"sd": sd, "kept": kept, "FLAGS": {"data": random_batches}}
     lines = source.splitlines()  # the tests' environment has no Jupyter
