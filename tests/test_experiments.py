@@ -561,6 +561,7 @@ def test_a_quick_run_is_quick_for_every_method(context):
     assert quick.num(200) == 4 and context.num(200) == 200
 
 
+@pytest.mark.robustness  # seconds
 def test_flags_are_what_the_command_does_with_their_file(sd, folder, tmp_path):
     """`erase.py star @notebooks/toy/flags`, and ESD as the experiments call it."""
     settings = models.flags()

@@ -86,6 +86,7 @@ def context(sd):
     return core.Context(sd, judging.Judge(), "", "", run=Path("nowhere"), quick=True)
 
 
+@pytest.mark.robustness  # seconds
 def test_the_slope_of_models_whose_movement_is_known(sd, context):
     """The original's is 1; where the concept became the empty prompt, m_c is -1 and it is 0."""
     cell = core.cell_of(models.original, "star", 0, guidance.slope("star"))
@@ -355,6 +356,7 @@ def test_calls_with_every_step_are_exact(sd, settings):
     assert cost.calls(settings) == counted_calls(sd, settings)
 
 
+@pytest.mark.robustness  # seconds
 def test_calls_with_random_times_are_the_mean(sd):
     settings = {"steps": 3, "every_step": False, "first": None, "iterations": 60, "batch": 1}
     assert cost.calls(settings) == 60 * (5 + 2)

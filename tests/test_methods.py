@@ -970,6 +970,7 @@ def test_adversarial_esd_runs_as_a_loss(sd):
     assert all(W.isfinite().all() for W in theta.values())
 
 
+@pytest.mark.robustness  # seconds
 def test_adversarial_esd_runs_from_the_command_line(sd, folder, tmp_path, monkeypatch):
     """As from Python, with the flags that its data takes."""
     monkeypatch.setattr(erase, "draw_before_and_after", lambda *_: Image.new("RGB", (8, 8)))

@@ -135,6 +135,7 @@ def test_a_look_at_each_step(sd, recipe):
     assert equal(scope["theta"], once)
 
 
+@pytest.mark.robustness  # seconds
 def test_a_loop_of_ones_own_and_a_regulariser(sd, recipe):
     """As a second U-Net becomes, with the pull's derivative added to its gradient."""
     theta = recipe("**A loop of your own**")["theta"]

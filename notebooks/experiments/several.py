@@ -47,9 +47,10 @@ def erase_in_turn(
 ) -> dict[str, Tensor]:
     """Returns theta after each concept was erased from the model that the last one left."""
     theta = {}
+    edited = sd
     for prompt, anchor in concepts.items():
-        edited = sample.with_weights(sd, theta)
         theta = theta | esd.erase(edited, {prompt: anchor}, keep=keep, seed=seed, **settings)
+        edited = sample.with_weights(sd, theta)
     return theta
 
 
