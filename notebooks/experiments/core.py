@@ -612,7 +612,7 @@ class Context(NamedTuple):
 
 @functools.cache
 def fingerprint_of(folder: Path) -> dict[str, str]:
-    """Returns a checksum of a trained U-Net as a setting; nothing if it isn't there."""
+    """Returns a checksum of a trained U-Net as a setting; nothing if it wasn't trained."""
     files = sorted(folder.glob("unet/*.safetensors"))
     return {"fingerprint": crc(b"".join(file.read_bytes() for file in files))} if files else {}
 
