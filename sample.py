@@ -443,8 +443,9 @@ def load_tokenizer(folder: Path) -> Callable:
 def check_parts(sd: StableDiffusion) -> None:
     """Raises UsageError unless the parts are of one model."""
     text_config = sd.text_encoder.config
+    tokens = {*sd.tokenizer.get_vocab().values()}  # a damaged file may give an id twice
     pairs = [
-        (len(sd.tokenizer), text_config.vocab_size),
+        (len(tokens), text_config.vocab_size),
         (text_config.hidden_size, sd.unet.config.cross_attention_dim),
         (sd.vae.config.latent_channels, sd.unet.config.in_channels),
     ]

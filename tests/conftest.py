@@ -22,13 +22,14 @@ ON_REQUEST = ("robustness", "browser", "fuzz", "full_size")  # in pyproject.toml
 
 def pytest_addoption(parser):
     parser.addoption("--weights", help="published weights, for test_official.py")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="other damage, for test_fuzz.py")
     parser.addoption("--noise", help="folder of the arrays that test_official.py reads")
 
 
 def pytest_collection_modifyitems(config, items):
     """Skips what runs only on request, unless the last of its markers is in -m."""
     for item in items:
-        markers = [marker for marker in ON_REQUEST if marker in item.keywords]
+        markers = [marker for marker in ON_REQUEST if item.get_closest_marker(marker)]
         if markers and markers[-1] not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason=f"needs -m {markers[-1]}"))
 

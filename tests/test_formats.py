@@ -232,6 +232,14 @@ def test_a_tokenizer_of_another_model(folder, tmp_path, sd):
     assert "its parts aren't of one model" in refusal(sample.load, copy)
 
 
+def test_a_vocabulary_that_gives_an_id_twice(folder, tmp_path, sd):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    vocabulary = sd.tokenizer.get_vocab()
+    vocabulary["8"] = vocabulary["7"]  # a flipped bit
+    (copy / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+    assert "these should be pairs: [(820, 821)" in refusal(sample.load, copy)
+
+
 def test_parts_of_two_models(folder, tmp_path):
     """Text features of another width: every part loads, but they don't fit together."""
     copy = shutil.copytree(folder, tmp_path / "copy")

@@ -1,6 +1,6 @@
 """Damaged files, disks that take nothing, and killed commands.
 
-    python -m pytest tests/test_fuzz.py -m "robustness or fuzz"
+    python -m pytest tests/test_fuzz.py -m "robustness or fuzz" --fuzz-seed 1
 
 A damaged file loads, or is refused in one line. What a killed command leaves can be read, and the
 same command again ends in the same bits.
@@ -131,9 +131,14 @@ def use(name: Path, work: Path, out: Path, sd: sample.StableDiffusion) -> None:
         sample.load(out / "converted")
 
 
-def damage_one_file(case: int, targets: Path, work: Path) -> Path:
+@pytest.fixture
+def seed(request):
+    return request.config.getoption("--fuzz-seed")
+
+
+def damage_one_file(seed: int, case: int, targets: Path, work: Path) -> Path:
     """Copies all files to `work`, one of them damaged; returns that one's name."""
-    rng = np.random.default_rng(case)
+    rng = np.random.default_rng([seed, case])
     names = [file.relative_to(targets) for file in sorted(targets.rglob("*.*")) if file.is_file()]
     change = damaged
     if rng.random() < 0.25:
@@ -151,12 +156,12 @@ FIFTIES = [pytest.param(range(i, i + 50), marks=pytest.mark.fuzz) for i in range
 
 
 @pytest.mark.parametrize("cases", [range(15), *FIFTIES], ids=lambda cases: f"from {cases.start}")
-def test_a_damaged_file_loads_or_is_refused_in_one_line(cases, targets, sd, tmp_path):
+def test_a_damaged_file_loads_or_is_refused_in_one_line(cases, seed, targets, sd, tmp_path):
     for case in cases:
         work = tmp_path / f"{case}"
         out = tmp_path / f"{case}-out"
         out.mkdir()
-        name = damage_one_file(case, targets, work)
+        name = damage_one_file(seed, case, targets, work)
         before = {*work.rglob("*")}
         began = time.process_time()
         try:
@@ -307,7 +312,7 @@ FIVES = [pytest.param(range(i, i + 5), marks=pytest.mark.fuzz) for i in range(5,
     [pytest.param(range(2), marks=pytest.mark.robustness), *FIVES],
     ids=lambda cases: f"from {cases.start}",
 )
-def test_a_killed_command_goes_on(cases, make, folder, tmp_path, monkeypatch):
+def test_a_killed_command_goes_on(cases, seed, make, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(erase, "SAVE_EVERY", 2)
     out = tmp_path / "out"
     out.mkdir()
@@ -321,7 +326,7 @@ def test_a_killed_command_goes_on(cases, make, folder, tmp_path, monkeypatch):
     for case in cases:
         shutil.rmtree(out)
         out.mkdir()
-        rng = np.random.default_rng(case)
+        rng = np.random.default_rng([seed, case])
         signum = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[case % 3]
         status = in_a_child(command, log, signum=signum, after=rng.uniform(0, takes))
         # 2: in a library's own code, an interrupt may come out as that library's error

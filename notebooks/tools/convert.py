@@ -361,14 +361,10 @@ def load_tokenizer(name: str) -> Callable:
 
 def check_parts(sd: sample.StableDiffusion, tokenizer: str) -> None:
     """Raises UsageError where parts of two models, or another's tokenizer, came together."""
-    text, latent = sd.text_encoder.config, sd.vae.config.latent_channels
-    expected = (
-        text.vocab_size,
-        sd.unet.config.cross_attention_dim,
-        sd.unet.config.in_channels,
-    )
-    if (len(sd.tokenizer), text.hidden_size, latent) != expected:
-        raise UsageError(f"its parts and --tokenizer {tokenizer} aren't of one model")
+    try:
+        sample.check_parts(sd)
+    except UsageError as error:
+        raise UsageError(f"{error}; see --tokenizer {tokenizer}") from error
 
 
 def read_model(
