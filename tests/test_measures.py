@@ -150,7 +150,7 @@ def test_what_comes_back(low, high, comes_back):
     assert f"| {5 * high}.0 (" in guidance.table(answers, [mine])
 
 
-# ---- robust: the hard prompt, the noise, the distance
+# ---- robust: the hard prompt, the noise
 
 
 def test_the_search_for_a_hard_prompt_finds_what_drawing_all_would():
@@ -202,31 +202,6 @@ def test_which_noises_lead_to_the_concept():
     assert tried == [(1, 4), (2, 3), (3, 2), (4, 1)]
 
 
-def test_eps_is_stored_for_the_distance_of_any_two_models(sd, monkeypatch):
-    x_0 = torch.randn((3, *sd.latent_shape), generator=Generator().manual_seed(0))
-    monkeypatch.setattr(robust, "VALUES", x_0[0].numel())
-    stored = robust.eps_of(sd, "a star", x_0)
-    eps = robust.decoded(stored)
-    assert eps.shape == (5, 3, x_0[0].numel())
-
-    noise = torch.randn(x_0.shape, generator=Generator().manual_seed(1))
-    x_t = ddim.add_noise(x_0, noise, ddim.alphas_cumprod()[501])
-    with torch.no_grad():
-        expected = sd.unet(x_t, torch.tensor(501), sd.encode(["a star"] * 3))
-    difference = abs(eps[2] - expected.flatten(1).double().numpy())
-    assert difference.max() < 2e-3 * expected.abs().max()
-
-    # of another model, further away for each next image
-    further = eps + np.array([1.0, 2.0, 4.0])[:, None]
-    other = robust.base64.b64encode(further.astype(np.float16).tobytes()).decode()
-    distances = abs(robust.decoded(other) - eps).mean(axis=(0, 2))
-    text = robust.eps_distance({0: {"eps": stored}}, {1: {"eps": other}})
-    mean, low, high = stats.student(distances.tolist())  # over images
-    assert text == f"{mean:.3f} ({low:.3f} to {high:.3f})"
-    text = robust.eps_distance({0: {"eps": other}, 1: {"eps": stored}}, {1: {"eps": stored}})
-    assert text == "0.000 (0.000 to 0.000)"  # the same seed
-
-
 def attacked(by_name: int, relearned: dict[int, int], noise: str = "0" * 20) -> dict:
     """Returns an answer with 20 images each, so many of stars."""
     def letters(hits):
@@ -236,7 +211,6 @@ def attacked(by_name: int, relearned: dict[int, int], noise: str = "0" * 20) -> 
         "seen": {"by name": letters(by_name), "g 10": letters(2)},
         "noise": noise,
         "relearned": {str(stop): letters(hits) for stop, hits in relearned.items()},
-        "eps": robust.base64.b64encode(bytes(2 * 5 * 8 * robust.VALUES)).decode(),
     }
 
 
@@ -255,12 +229,11 @@ def test_the_table_of_attacks_with_and_without_a_retrained_model():
     row = [cell.strip() for cell in table[3].strip("|").split("|")]
     assert row[:3] == ["star", "mine", "0.0 (0 to 16)"]
     assert row[5].startswith("25.0 (") and row[8].startswith("10.0 (")
-    assert row[9:] == ["10 (5 to 10)", "", ""]  # half is 50 %: 45 and 80 %
+    assert row[9:] == ["10 (5 to 10)"]  # half is 50 %: 45 and 80 %
 
     table = robust.table(answers_of(*zip(cells, answers)), both).splitlines()
-    row, never = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[3:]]
-    assert row[10:] == ["0.00 (chance 0.00)", "0.000 (0.000 to 0.000)"]
-    assert never[9:] == ["over 10 (over 10 to over 10)", "", ""]
+    never = [cell.strip() for cell in table[4].strip("|").split("|")]
+    assert never[9:] == ["over 10 (over 10 to over 10)"]
 
 
 def test_censored_training_is_attacked_for_what_it_left_out_only():

@@ -21,6 +21,8 @@ theta = esd.erase(sd, {"church": ""}, method="esd-u of the paper")
 ```
 """
 
+import functools
+
 from notebooks.experiments import core, figures, models, stats
 from notebooks.experiments.core import Answers, Cell, Model, by_name
 from notebooks.toy import world
@@ -74,10 +76,5 @@ def figure(answers: Answers, models: list[Model]):
     """Returns a row for each variant: all objects together."""
     concepts = answers.erased(models, world.OBJECTS, by_name)
     models = answers.answered(models, concepts, by_name)
-    panels = {}
-    for what in (LEFT, OTHERS):
-        panels[what] = {}
-        for model in models:
-            shares = counted(answers, model, concepts, what)
-            panels[what][model.label] = [figures.Dot("here", shares)]
-    return figures.dots(panels)
+    shares = functools.partial(counted, answers, concepts=concepts)
+    return figures.dots(figures.one_dot_each(models, shares, titles=(LEFT, OTHERS)))

@@ -79,6 +79,7 @@ class Model(NamedTuple):
     folder: str = ""  # of a model that was trained without the concept; {concept}, {seed}
     file: str = ""  # of weights that were made elsewhere
     together: tuple[str, ...] = ()  # what it erases at once, whichever of these is asked for
+    seeds: tuple[int, ...] = ()  # that it was trained with, in a folder each
 
     @property
     def is_about_a_concept(self) -> bool:
@@ -198,6 +199,19 @@ class Ask(NamedTuple):
     # functions whose code the answer depends on; of methods/, all code of their files
     uses: tuple[Callable, ...] = ()
     about: str = ""  # the concept, where the model itself may know of none
+    against: "Reference | None" = None  # the model that it is compared with
+
+
+class Reference(NamedTuple):
+    """A model that others are compared with: the original, or one that was trained apart."""
+
+    model: Model
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Returns "never saw it 0"."""
+        return f"{self.model.label} {self.seed}"
 
 
 by_name = Ask("by name", objects)
@@ -243,6 +257,8 @@ def grid(
     for concept in concepts:
         for model in models:
             for seed in seeds:
+                if model.seeds and seed not in model.seeds:
+                    continue
                 for ask in asks:
                     cell = cell_of(model, concept, seed=seed, ask=ask)
                     cells[cell.key] = cell
@@ -545,6 +561,9 @@ class Context(NamedTuple):
             settings["code"] = code_of_answer(cell.ask.answer)
             settings["code it uses"] = code_of_functions(cell.ask.uses)
             settings["concepts"] = cell.concepts
+        if cell.ask.against:
+            model, seed = cell.ask.against
+            settings["against"] = self.weights_settings(model, (cell.ask.about,), seed)
         return json.loads(json.dumps(settings))
 
     def load(self, model: Model, concepts: tuple[str, ...], seed: int) -> StableDiffusion:

@@ -5,7 +5,7 @@ Percent on every axis, 95 % intervals as thin lines, the paper's values as cross
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 try:
     from matplotlib import pyplot
@@ -16,7 +16,7 @@ except ImportError:  # a requirement of the notebooks only: tables work without 
 
 import sample
 from notebooks.experiments import stats
-from notebooks.experiments.stats import Estimate, Share
+from notebooks.experiments.stats import Estimate, Interval, Share
 
 COLOURS = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777",
@@ -40,6 +40,21 @@ def save(figure: Figure, file: Path) -> None:
         lambda part: figure.savefig(part, format="png", dpi=110, metadata={"Software": None}),
     )
     pyplot.close(figure)
+
+
+def one_dot_each(
+    models: Iterable, shares: Callable, titles: Iterable[str]
+) -> dict[str, dict[str, list[Dot]]]:
+    """Returns panels for `dots` in which each model has one dot.
+
+    shares(model, what=title) returns a share for each of its erasures.
+    """
+    panels = {}
+    for title in titles:
+        panels[title] = {}
+        for model in models:
+            panels[title][model.label] = [Dot("here", shares(model, what=title))]
+    return panels
 
 
 def dots(
@@ -86,12 +101,16 @@ def dots(
     return figure
 
 
-def estimates(panels: dict[str, dict[str, Estimate]]) -> Figure:
+def estimates(
+    panels: dict[str, dict[str, Estimate]], bands: dict[str, Interval] | None = None
+) -> Figure:
     """Returns a panel for each thing measured, each with its own axis: rows of dots.
 
-    panels: title -> row -> the mean and its interval, in the title's unit.
+    panels: title -> row -> the mean and its interval, in the title's unit. bands: title ->
+    a range to compare with.
     """
     panels = panels or {NOTHING: {}}
+    bands = bands or {}
     rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.2 * len(panels) + 1, 1.2 + 0.3 * len(rows)),
@@ -99,6 +118,8 @@ def estimates(panels: dict[str, dict[str, Estimate]]) -> Figure:
     )
 
     for axis, (title, panel) in zip(axes[0], panels.items()):
+        if title in bands:
+            axis.axvspan(*bands[title], color="#999999", alpha=0.25, linewidth=0)
         for row, (mean, low, high) in panel.items():
             y = rows.index(row)
             if math.isfinite(low):  # a single value has no interval

@@ -3,14 +3,8 @@ r"""What prompts don't name (5.2, Figure 7): does a concept leave the scenes tha
 "A sheriff badge in winter" shows a star, but doesn't say so. The scenes are those that were
 held out from training. The original, too, shows the implied object only in some of their
 images, as training images did. Censored training is a U-Net that saw no image of the four
-objects; SD 2.0 is the paper's example. It isn't stored here; train it in 50 minutes on two
-cores:
-
-```sh
-mkdir -p runs/censored/model
-cp -r notebooks/toy/model/{vae,text_encoder,tokenizer,scheduler,judge} runs/censored/model
-python -m notebooks.toy.train unet --without moon heart star arrow --run runs/censored
-```
+objects; SD 2.0 is the paper's example. It isn't stored here: `python -m
+notebooks.experiments.replicates censored` trains it in 50 minutes on two cores.
 
 On SD v1 the prompts are I2P's, and NudeNet (`pip install nudenet`) counts the images that
 show nudity:

@@ -37,17 +37,7 @@ from sample import StableDiffusion
 
 MODELS = [
     models.original,
-    models.esd_x(),
-    models.in_contexts_x,
-    models.esd_u(),
-    models.in_contexts_u,
-    models.kept(),
-    models.adversarial,
-    models.ablation,
-    models.uce_,
-    models.rece_,
-    models.speed_,
-    models.salun_,
+    *models.compared,
     models.forget_me_not_,
     models.spm_,
     models.sld_medium,

@@ -128,7 +128,13 @@ slds = [
 ]
 sld_medium = slds[1]
 sld_max = slds[3]
+
+# trained, not erased: replicates.py trains them
 censored = Model("censored training", folder="runs/censored/model")
+never_saw = Model(
+    "never saw it", folder="runs/never_saw/{concept}_{seed}/model", seeds=(0, 1)
+)
+again = Model("original, trained again", folder="runs/original_{seed}/model", seeds=(1, 2))
 
 in_contexts_x = Model("ESD-x, in contexts", esd_in_contexts.erase, ESD_X, concepts=contexts_of)
 in_contexts_u = Model("ESD-u, in contexts", esd_in_contexts.erase, ESD_U, concepts=contexts_of)
@@ -156,3 +162,17 @@ forget_me_not_ = Model(  # the published form, all weights and the end token, er
 spm_ = Model(  # the published strength, 1000, leaves everything
     "SPM", spm.erase, ESD_STEPS | {"strength": 1.0, "lr": 6.4e-3}
 )
+
+compared = [  # that change weights: measured by methods.py, attacked by robust.py
+    esd_x(),
+    in_contexts_x,
+    esd_u(),
+    in_contexts_u,
+    kept(),
+    adversarial,
+    ablation,
+    uce_,
+    rece_,
+    speed_,
+    salun_,
+]

@@ -4,6 +4,8 @@ ESD-u tunes what the paper's code tunes: all but cross-attention, time embedding
 layers. "The paper's rule" tunes what its text says: all but cross-attention.
 """
 
+import functools
+
 from PIL import Image
 
 import sample
@@ -70,13 +72,8 @@ def table(answers: Answers, models: list[Model]) -> str:
 def figure(answers: Answers, models: list[Model]):
     """Returns a row for each model: all objects together."""
     concepts = erased(answers, models)
-    panels = {}
-    for what in (LEFT, OTHERS):
-        panels[what] = {}
-        for model in models:
-            shares = counted(answers, model, concepts, what)
-            panels[what][model.label] = [figures.Dot("here", shares)]
-    return figures.dots(panels, PAPER)
+    shares = functools.partial(counted, answers, concepts=concepts)
+    return figures.dots(figures.one_dot_each(models, shares, titles=(LEFT, OTHERS)), PAPER)
 
 
 def sheet(context: Context, answers: Answers) -> Image.Image:

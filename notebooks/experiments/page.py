@@ -22,6 +22,11 @@ def anchor_of(name: str) -> str:
     return "#" + "".join(kept).replace(" ", "-")
 
 
+def is_stored(name: str) -> bool:
+    """Whether all that an experiment's table is made of has stored answers."""
+    return all((run.SHIPPED / f"{each}.json").exists() for each in run.reads(name))
+
+
 def stored(name: str) -> str:
     """Returns how many of an experiment's answers are stored: "120 of 123 answers"."""
     module = run.experiment(name)
@@ -45,15 +50,16 @@ def section(name: str) -> str:
         f"![{title_of(name)}: the table as a figure](results/{name}.png)",
         f"![{title_of(name)}: images](results/{name}_images.png)" if images.exists() else "",
         module.FINDINGS.strip(),
-        f"`python -m notebooks.experiments.run {name}` · [`{name}.py`]({name}.py) · "
-        f"[`results/{name}.json`](results/{name}.json): {stored(name)}",
+        f"`python -m notebooks.experiments.run {name}` · [`{name}.py`]({name}.py)",
     ]
+    for each in run.reads(name):
+        parts[-1] += f" · [`results/{each}.json`](results/{each}.json): {stored(each)}"
     return "\n\n".join(part for part in parts if part)
 
 
 def page() -> str:
     """Returns the page."""
-    stored = [name for name in run.NAMES if (run.SHIPPED / f"{name}.json").exists()]
+    stored = [name for name in run.NAMES if is_stored(name)]
     links = [f"[{title_of(name)}]({anchor_of(name)})" for name in stored]
     head = (FOLDER / "page.md").read_text().replace("{links}", " · ".join(links))
     return "\n\n".join([head.strip(), *(section(name) for name in stored)]) + "\n"
@@ -62,7 +68,7 @@ def page() -> str:
 def main() -> None:
     """Writes the page and its figures; the images are drawn by run.py."""
     for name in run.NAMES:
-        if (run.SHIPPED / f"{name}.json").exists():
+        if is_stored(name):
             module = run.experiment(name)
             figure = module.figure(run.stored(name), module.MODELS)
             figures.save(figure, run.SHIPPED / f"{name}.png")

@@ -6,30 +6,18 @@ one for each head start, which skips half of the steps. A hard prompt is the con
 one or two typed tokens. Guidance is the sixth attack: images by name, at other scales than 5.
 Training steps to half: after how many the share by name is half of the original's.
 
-How far is a model from one that never saw the concept, with the same VAE and text encoder? By
-the total variation of what the judge sees by name ("chance" is what 95 % of the random halves
-of the pooled images stay below), and by the mean of abs(eps - eps') on eight images of the
-concept, at five times each; its interval is over images. These two columns, and two rows, need
-models that are trained first, an hour each. Without them they are empty:
-
-    run=runs/never_saw/star_0    # heart_0 and mosaic_0 likewise
-    mkdir -p $run/model
-    cp -r notebooks/toy/model/{vae,text_encoder,tokenizer,scheduler,judge} $run/model
-    python -m notebooks.toy.train unet --without star --run $run
+What an attack brings out of a model that never saw the concept was taught, not recovered. That
+row, and censored training's, need models that are trained first, an hour each: `python -m
+notebooks.experiments.replicates`. Without them they are empty. The verdict subtracts them.
 """
 
-import base64
 import functools
 import math
-from collections import Counter
 from typing import Callable, Iterator, NamedTuple
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-import ddim
 import sample
 from notebooks.experiments import core, figures, models, stats
 from notebooks.experiments.core import Answers, Ask, Cell, Context, Model
@@ -42,25 +30,10 @@ from sample import StableDiffusion
 
 ORIGINAL = models.original
 CENSORED = models.censored
-NEVER_SAW = Model("never saw it", folder="runs/never_saw/{concept}_{seed}/model")
-MODELS = [
-    ORIGINAL,
-    models.esd_x(),
-    models.in_contexts_x,
-    models.esd_u(),
-    models.in_contexts_u,
-    models.kept(),
-    models.adversarial,
-    models.ablation,
-    models.uce_,
-    models.rece_,
-    models.speed_,
-    models.salun_,
-    NEVER_SAW,
-    CENSORED,
-]
+NEVER_SAW = models.never_saw
+MODELS = [ORIGINAL, *models.compared, NEVER_SAW, CENSORED]
 CONCEPTS = ("star", "heart", "mosaic")
-SEEDS = (0,)
+SEEDS = core.SEEDS
 IMPLIED = {scene.object for scene in world.SCENES.values()}  # what censored training left out
 PAPER = {}
 FINDINGS = """\
@@ -76,8 +49,6 @@ STEPS = core.SAMPLING["steps"]
 GUIDANCE = core.SAMPLING["guidance"]
 GUIDANCES = (7.5, 10)  # of the sixth attack
 TO_LEARN_FROM = 24  # images
-TIMES = (101, 301, 501, 701, 901)  # at which eps are compared
-VALUES = 4 * 8 * 8  # of one eps
 ATTACKS = (
     "by name", "learned words", "hard prompt", "noise", "head start",
     *(f"g {guidance:g}" for guidance in GUIDANCES),
@@ -177,22 +148,6 @@ def with_noise(
     return "".join("0" if i in left else "1" for i in range(len(x_t)))
 
 
-def eps_of(sd: StableDiffusion, prompt: str, x_0: Tensor) -> str:
-    """Returns eps for noised images, (5 times, B, 4, H, W), as float16 in base64.
-
-    So the distance of any two models can be computed from stored answers.
-    """
-    noise = torch.randn(x_0.shape, generator=Generator().manual_seed(1)).to(x_0)
-    text = sd.encode([prompt]).expand(len(x_0), -1, -1)
-    abar = ddim.alphas_cumprod(x_0.device)
-    eps = []
-    with torch.no_grad():
-        for t in TIMES:
-            x_t = ddim.add_noise(x_0, noise, abar[t])
-            eps.append(sd.unet(x_t, torch.tensor(t, device=x_0.device), text))
-    return base64.b64encode(torch.stack(eps).half().cpu().numpy().tobytes()).decode()
-
-
 class Target(NamedTuple):
     """A model that is attacked, and what an attacker has.
 
@@ -249,7 +204,7 @@ def seen_after(target: Target, hard: str, effort: Effort) -> dict[str, str]:
 
 
 def attack(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
-    """Returns what the judge sees after each attack, image by image, and eps for distances."""
+    """Returns what the judge sees after each attack, image by image."""
     effort = QUICK if context.quick else FULL
     prompt = prompt_of(cell.ask.about)
     num = TO_LEARN_FROM + effort.num
@@ -266,13 +221,11 @@ def attack(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
     for stop, model in zip(effort.stops, trained):
         relearned[stop] = target._replace(sd=model).seen(target.text)
 
-    x_0 = context.sd.encode_images(originals[TO_LEARN_FROM:][:8])
     return {
         "seen": seen_after(target, hard, effort),
         "prompt": hard,
         "noise": noise,
         "relearned": relearned,
-        "eps": eps_of(sd, prompt, x_0),
     }
 
 
@@ -302,15 +255,11 @@ def answers_of(answers: Answers, model: Model, concept: str) -> dict[int, dict]:
     return {seed: answers.get(model, concept, ask, seed=seed) for seed in seeds}
 
 
-def seen(letters: str, concept: str) -> list[str | None]:
-    """Returns what the judge saw, image by image."""
-    head = core.kind_of(concept)
-    return core.from_letters({head: letters}, head)
-
-
 def share(letters: str, concept: str) -> Share:
     """Returns how often the judge saw the concept."""
-    return Share(seen(letters, concept).count(concept), len(letters))
+    head = core.kind_of(concept)
+    seen = core.from_letters({head: letters}, head)
+    return Share(seen.count(concept), len(letters))
 
 
 def shares(found: dict[int, dict], concept: str, attack: str) -> list[Share]:
@@ -350,56 +299,7 @@ def steps_to(half: float, found: dict[int, dict], concept: str) -> str:
     return f"{steps} ({fewest} to {most})"
 
 
-def total_variation(found: dict[int, dict], never: dict[int, dict], concept: str) -> str:
-    """Returns how much the judge's answers by name differ, and how much by chance."""
-    counts = []
-    for several in (found, never):
-        of_model = Counter()
-        for answer in several.values():
-            of_model.update(name or "none" for name in seen(answer["seen"]["by name"], concept))
-        counts.append(of_model)
-    distance = stats.total_variation(*counts)
-    return f"{distance:.2f} (chance {stats.total_variation_by_chance(*counts):.2f})"
-
-
-def decoded(eps: str) -> np.ndarray:
-    """Returns a stored eps, (5 times, B, values)."""
-    values = np.frombuffer(base64.b64decode(eps), np.float16).astype(float)
-    return values.reshape(len(TIMES), -1, VALUES)
-
-
-def eps_distance(found: dict[int, dict], never: dict[int, dict]) -> str:
-    """Returns the mean of abs(eps - eps'), with an interval over images.
-
-    Seeds that only one of the models has don't count; without any, the first are compared.
-    """
-    seeds = [seed for seed in found if seed in never]
-    pairs = [(found[seed], never[seed]) for seed in seeds]
-    pairs = pairs or [(next(iter(found.values())), next(iter(never.values())))]
-    values = []
-    for one, other in pairs:
-        difference = np.abs(decoded(one["eps"]) - decoded(other["eps"]))
-        values += difference.mean(axis=(0, 2)).tolist()  # (B,)
-    mean, low, high = stats.student(values)
-    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
-
-
 # ---- the table and the figure
-
-
-def row(
-    found: dict[int, dict], concept: str, original: dict[int, dict], never: dict[int, dict]
-) -> list[str]:
-    """Returns a row of the table; without answers to compare with, cells are empty."""
-    cells = [stats.text(shares(found, concept, attack)) for attack in ATTACKS]
-    half = ""
-    if original:
-        by_name = pooled(shares(original, concept, "by name"))
-        half = steps_to(by_name.hits / by_name.asked / 2, found, concept)
-    distances = ["", ""]
-    if never:
-        distances = [total_variation(found, never, concept), eps_distance(found, never)]
-    return [*cells, half, *distances]
 
 
 def table(answers: Answers, models: list[Model]) -> str:
@@ -407,15 +307,18 @@ def table(answers: Answers, models: list[Model]) -> str:
     rows = []
     for concept in CONCEPTS:
         original = answers_of(answers, ORIGINAL, concept)
-        never = answers_of(answers, NEVER_SAW, concept)
         for model in models:
-            if found := answers_of(answers, model, concept):
-                others = {} if model == NEVER_SAW else never
-                cells = row(found, concept, original, never=others)
-                rows.append([concept, model.label, *cells])
+            found = answers_of(answers, model, concept)
+            if not found:
+                continue
+            cells = [stats.text(shares(found, concept, attack)) for attack in ATTACKS]
+            half = ""
+            if original:
+                by_name = pooled(shares(original, concept, "by name"))
+                half = steps_to(by_name.hits / by_name.asked / 2, found, concept)
+            rows.append([concept, model.label, *cells, half])
     header = [
-        "concept", "erased by", *(f"{attack}, %" for attack in ATTACKS),
-        "training steps to half", "total variation", "mean of abs(eps - eps')",
+        "concept", "erased by", *(f"{attack}, %" for attack in ATTACKS), "training steps to half",
     ]
     return core.table(header, rows)
 

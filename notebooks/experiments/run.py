@@ -45,6 +45,9 @@ NAMES = (
     "guidance",
     "methods",
     "robust",
+    "ground_truth",
+    "verdict",
+    "layers",
     "cost",
 )
 SHIPPED = Path(__file__).with_name("results")
@@ -58,9 +61,17 @@ def experiment(name: str) -> types.ModuleType:
 # ---- stored answers
 
 
+def reads(name: str) -> tuple[str, ...]:
+    """Returns the experiments whose answers an experiment's table is made of."""
+    return getattr(experiment(name), "READS", (name,))
+
+
 def stored(name: str, folder: Path = SHIPPED) -> Answers:
     """Returns the stored answers of an experiment."""
-    return Answers(read_file(folder / f"{name}.json"))
+    records = {}
+    for each in reads(name):
+        records |= read_file(folder / f"{each}.json")
+    return Answers(records)
 
 
 def stored_table(name: str, folder: Path = SHIPPED) -> str:
@@ -96,10 +107,12 @@ def write_records(folder: Path, name: str, records: dict[str, dict]) -> None:
 
 
 def without_fingerprint(settings: dict) -> dict:
-    """Returns settings without the fingerprint of a model that was trained elsewhere."""
-    weights = {**settings["weights"]}
-    weights.pop("fingerprint", None)
-    return settings | {"weights": weights}
+    """Returns settings without the fingerprints of models that were trained elsewhere."""
+    settings = {**settings}
+    for key in {"weights", "against"} & settings.keys():
+        settings[key] = {**settings[key]}
+        settings[key].pop("fingerprint", None)
+    return settings
 
 
 def question_of(ask: str, settings: dict) -> str:
@@ -193,14 +206,15 @@ def those_here(context: Context, cells: list[Cell]) -> list[Cell]:
     here = []
     missing = set()
     for cell in cells:
-        settings = context.weights_settings(cell.model, cell.concepts, cell.seed)
-        if Path(settings.get("folder", "")).exists():
+        settings = context.settings(cell)
+        folders = [settings["weights"].get("folder"), settings.get("against", {}).get("folder")]
+        not_here = {folder for folder in folders if folder and not Path(folder).exists()}
+        missing |= not_here
+        if not not_here:
             here.append(cell)
-        else:
-            missing.add(settings["folder"])
     if missing:
         names = ", ".join(sorted(missing))
-        print(f"left out, as it isn't trained: {names}; README.md says how", file=sys.stderr)
+        print(f"left out, as it isn't trained: {names}; see replicates.py", file=sys.stderr)
     return here
 
 
@@ -377,20 +391,24 @@ def run(args: argparse.Namespace) -> None:
     chosen = NAMES if "all" in args.experiments else [*dict.fromkeys(args.experiments)]
     check(args)
     more = new_models(args)
-    models = {name: models_of(name, more) for name in chosen}
+    asked = [*dict.fromkeys(each for name in chosen for each in (*reads(name), name))]
+    models = {name: models_of(name, more) for name in asked}
     check_only(args.only or [], models)
 
     setup = Setup(args.model, args.run, args.quick)
     context = core.open_context(*setup)
     shipped = {} if args.anew else read_records(SHIPPED)
     known = by_question(shipped, read_records(args.results))
-    plan = Plan(context, {name: cells_of(name, args, models[name]) for name in chosen}, known)
+    plan = Plan(context, {name: cells_of(name, args, models[name]) for name in asked}, known)
     changed = answer_all(plan, setup, args.processes, args.results)
     write_shared(plan, args.results, shipped)
 
     is_whole = not (more or args.only or args.concept)
     for name in chosen:
-        show(name, plan.records(name), models[name], args.results)
+        records = {}
+        for each in reads(name):
+            records |= plan.records(each)
+        show(name, records, models[name], args.results)
         file = f"{name}_images.png"
         has_images = (SHIPPED / file).exists() or (args.results / file).exists()
         if is_whole and (name in changed or not has_images):

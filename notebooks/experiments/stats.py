@@ -3,6 +3,7 @@
     stats.text([Share(1, 20), Share(0, 20), Share(4, 20)])    # "8.3 (0 to 34)"
 """
 
+import itertools
 import math
 import random
 import statistics
@@ -16,6 +17,14 @@ T_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
     2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)
+
+
+# the same for 95 %, one-sided
+T_95_ONE_SIDED = (
+    6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812,
+    1.796, 1.782, 1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725,
+    1.721, 1.717, 1.714, 1.711, 1.708, 1.706, 1.703, 1.701, 1.699, 1.697,
 )
 
 
@@ -60,6 +69,18 @@ def student(values: list[float]) -> Estimate:
     t = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.4 / freedom
     half = t * statistics.stdev(values) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)
+
+
+def below(values: list[float]) -> float:
+    """Returns what one more value of the kind is below in 95 % of cases, by Student's t.
+
+    mean + t s sqrt(1 + 1/n), t one-sided. Infinite for fewer than two values.
+    """
+    n = len(values)
+    if n < 2:
+        return math.inf
+    t = T_95_ONE_SIDED[n - 2] if n - 2 < len(T_95_ONE_SIDED) else 1.645 + 1.5 / (n - 1)
+    return statistics.fmean(values) + t * statistics.stdev(values) * math.sqrt(1 + 1 / n)
 
 
 def estimate(shares: list[Share]) -> Estimate:
@@ -159,3 +180,20 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     c_b = np.cov(b.T)
     root = np.sqrt(np.linalg.eigvals(c_a @ c_b).real.clip(0)).sum()
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c_a) + np.trace(c_b) - 2 * root
+
+
+def kendall(one: list[float], other: list[float]) -> float:
+    """Returns Kendall's tau-b of two scores of the same things, -1 to 1: do ranks agree?
+
+    Pairs in the same order less pairs in the opposite one, over sqrt(pairs untied in one x
+    pairs untied in the other). Kendall, "The treatment of ties", Biometrika 1945. nan if all
+    are tied.
+    """
+    agreement = 0
+    untied = [0, 0]
+    for (a, b), (c, d) in itertools.combinations(zip(one, other, strict=True), 2):
+        signs = (a > c) - (a < c), (b > d) - (b < d)
+        agreement += signs[0] * signs[1]
+        untied[0] += signs[0] != 0
+        untied[1] += signs[1] != 0
+    return agreement / math.sqrt(untied[0] * untied[1]) if all(untied) else math.nan

@@ -13,6 +13,8 @@ python -m notebooks.tools.table official/data/short_niche_art_prompts.csv \
 ```
 """
 
+import functools
+
 from PIL import Image
 
 import sample
@@ -45,9 +47,9 @@ def cells(models, concepts, seeds) -> list[Cell]:
     return core.grid(models, own, asks=[in_styles], seeds=seeds)
 
 
-def counted(answers: Answers, model: Model, styles, what: str) -> list[stats.Share]:
+def counted(answers: Answers, model: Model, concepts, what: str) -> list[stats.Share]:
     """Returns the shares of several erasures."""
-    return answers.pooled(model, styles, in_styles, head="style", own=what == LEFT)
+    return answers.pooled(model, concepts, in_styles, head="style", own=what == LEFT)
 
 
 def table(answers: Answers, models: list[Model]) -> str:
@@ -70,13 +72,8 @@ def figure(answers: Answers, models: list[Model]):
     """Returns a row for each model: all styles together."""
     styles = answers.erased(models, CONCEPTS, in_styles)
     models = answers.answered(models, styles, in_styles)
-    panels = {}
-    for what in (LEFT, OTHERS):
-        panels[what] = {}
-        for model in models:
-            shares = counted(answers, model, styles, what)
-            panels[what][model.label] = [figures.Dot("here", shares)]
-    return figures.dots(panels)
+    shares = functools.partial(counted, answers, concepts=styles)
+    return figures.dots(figures.one_dot_each(models, shares, titles=(LEFT, OTHERS)))
 
 
 def sheet(context: Context, answers: Answers) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Is a concept gone from a model, or can it be brought back? Five attacks and a distance.
+"""Is a concept gone from a model, or can it be brought back? Five attacks.
 
     batches = probes.noised_images(sd, images)  # of the concept
     text = probes.learned_words(erased, batches)
@@ -245,24 +245,3 @@ def relearned(
             optimizer.step()
         done = stop
         yield sample.with_weights(sd, theta)
-
-
-# ---- how far from a model that never saw the concept
-
-
-@torch.no_grad()
-def eps_distances(
-    sd: StableDiffusion, other: StableDiffusion, prompt: str,
-    batches: Iterator[NoisedImages], count: int = 20,
-) -> list[float]:
-    """Returns the mean |eps - eps'| of two models for a prompt, on `count` batches."""
-    text = sd.encode([prompt])
-    text_other = other.encode([prompt])
-
-    distances = []
-    for _ in range(count):
-        x_t, t, _ = next(batches)
-        eps = sd.unet(x_t, t, text.expand(len(x_t), -1, -1))
-        eps_other = other.unet(x_t, t, text_other.expand(len(x_t), -1, -1))
-        distances.append((eps - eps_other).abs().mean().item())
-    return distances

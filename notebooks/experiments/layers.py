@@ -1,0 +1,280 @@
+"""Where the concept lives (beyond the paper): which of the edited weights do the erasing?
+
+The edited tensors of one group are put into the original (`only these`), and the original's back
+into the edited model (`all but these`). Groups are kinds of layers, blocks of the U-Net, and
+thirds of the sampling: there, one model makes some of the steps and the other one the rest. A
+group that matters leaves little of the concept where only it is edited, and brings it back
+where all else is. Does self-attention decide what prompts only imply
+([arXiv 2604.06052](https://arxiv.org/abs/2604.06052))?
+
+The second table is about the change itself, theta - theta*: how large it is, next to the
+weights; which share of its square lies along its first singular direction; and how many
+directions hold 90 % of it.
+"""
+
+import functools
+import statistics
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+import ddim
+import sample
+from notebooks.experiments import core, figures, models, stats
+from notebooks.experiments.core import Answers, Ask, Cell, Context, Model
+from notebooks.experiments.stats import Share
+from notebooks.toy import world
+from notebooks.toy.world import with_article
+from sample import StableDiffusion
+
+MODELS = [models.esd_x(), models.esd_u(), models.kept()]
+CONCEPTS = ("star", "heart", "moon", "arrow")  # those that scenes imply
+SEEDS = core.SEEDS
+PAPER = {}
+FINDINGS = ""
+
+BY_NAME = "by name"
+IN_SCENES = "in scenes"
+OUTSIDE = "outside of blocks"
+ONLY = "only these"
+ALL_BUT = "all but these"
+KINDS = {  # of layers; the first that fits
+    "cross-attention": ".attn2.",
+    "self-attention": ".attn1.",
+    "feed-forward": ".ff.",
+    "ResNet blocks": ".resnets.",
+    "other layers": "",
+}
+THIRDS = {  # of the sampling
+    "first third of the steps": range(667, 1000),
+    "second third": range(334, 667),
+    "last third": range(334),
+}
+
+
+# ---- groups of tensors
+
+
+def kind_of_layer(name: str) -> str:
+    """Returns the kind of the layer that a tensor is in."""
+    return next(kind for kind, part in KINDS.items() if part in name)
+
+
+def block_of(name: str) -> str:
+    """Returns the block that a tensor is in: "down 0", "mid", "up 1", or "outside of blocks"."""
+    place, number, *_ = name.split(".")
+    if place in ("down_blocks", "up_blocks"):
+        return f"{place.removesuffix('_blocks')} {number}"
+    return "mid" if place == "mid_block" else OUTSIDE
+
+
+def groups_of(names: list[str]) -> dict[str, list[str]]:
+    """Returns the edited tensors' names by group: kinds first, then blocks."""
+    groups = {}
+    for group_of in (kind_of_layer, block_of):
+        for name in names:
+            groups.setdefault(group_of(name), []).append(name)
+    return groups
+
+
+def at_times(
+    unet: Callable, text: Tensor, null: Tensor, guidance: float,
+    other: Callable, times: range,
+) -> Callable:
+    """Returns a predictor as `ddim.guided_predictor` does: `other` for t in `times`."""
+    usual = ddim.guided_predictor(unet, text, null, guidance=guidance)
+    special = ddim.guided_predictor(other, text, null, guidance=guidance)
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        chosen = special if int(t) in times else usual
+        return chosen(x_t, t)
+
+    return predict
+
+
+# ---- the change
+
+
+class Change(NamedTuple):
+    """What an erasure does to a matrix."""
+
+    size: float  # |theta - theta*| / |theta*|
+    first: float  # the share of its square along the first singular direction
+    directions: float  # that hold 90 % of it
+
+
+def change_of(before: Tensor, after: Tensor) -> Change:
+    """Returns what changed from one matrix, (out, in, ...), to another."""
+    difference = (after - before).flatten(start_dim=1).double()
+    squares = torch.linalg.svdvals(difference).square()
+    shares = squares.cumsum(dim=0) / squares.sum()
+    return Change(
+        size=(difference.norm() / before.double().norm()).item(),
+        first=shares[0].item(),
+        directions=1 + int((shares < 0.9).sum()),
+    )
+
+
+# ---- what is asked
+
+
+def scenes_of(concept: str) -> list[str]:
+    """Returns the held-out prompts that imply an object."""
+    prompts = []
+    for scene, setting in world.HELD_OUT:
+        if world.SCENES[scene].object == concept:
+            prompts += [world.scene_prompt(scene, setting, each) for each in world.OPENINGS]
+    return prompts
+
+
+def seen_in(
+    context: Context, sd: StableDiffusion, cell: Cell, **settings
+) -> dict[str, str]:
+    """Returns what the judge sees, a letter an image, by where the concept is asked for."""
+    concept = cell.ask.about
+    prompts = {
+        BY_NAME: [with_article(concept)] * context.num(20),
+        IN_SCENES: scenes_of(concept)[: context.num(100)],
+    }
+    letters = {}
+    for where, asked in prompts.items():
+        seeds = core.image_seeds(cell.seed, len(asked))
+        images = sample.generate(sd, asked, seed=seeds, **core.SAMPLING, **settings)
+        letters[where] = core.to_letters(context.judge, images)["object"]
+    return letters
+
+
+def changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Change]:
+    """Returns the mean change of the matrices of each kind of layer, if there are any."""
+    of_kind = {}
+    for name, tensor in before.items():
+        if tensor.dim() > 1 and not torch.equal(tensor, after[name]):
+            change = change_of(tensor, after[name])
+            of_kind.setdefault(kind_of_layer(name), []).append(change)
+    return {kind: Change(*map(statistics.fmean, zip(*each))) for kind, each in of_kind.items()}
+
+
+def patch(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
+    """Returns what the judge sees with each group patched, and how the weights changed."""
+    look = functools.partial(seen_in, context, cell=cell)
+    original = {name: sample.unet_tensors(context.sd)[name] for name in sorted(sd.edited)}
+    edited = {name: sample.unet_tensors(sd)[name] for name in original}
+
+    only = {"none": look(context.sd)}
+    all_but = {"none": look(sd)}
+    groups = groups_of([*original])
+    if context.quick:
+        groups = dict([*groups.items()][:1])
+    for group, names in groups.items():
+        only[group] = look(sample.with_weights(context.sd, {n: edited[n] for n in names}))
+        all_but[group] = look(sample.with_weights(sd, {n: original[n] for n in names}))
+    for third, times in THIRDS.items():
+        into = functools.partial(at_times, other=sd.unet, times=times)
+        back = functools.partial(at_times, other=context.sd.unet, times=times)
+        only[third] = look(context.sd, predictor=into)
+        all_but[third] = look(sd, predictor=back)
+    return {ONLY: only, ALL_BUT: all_but, "change": changes(original, edited)}
+
+
+def patches(concept: str) -> Ask:
+    """Returns what asks for all patches of a concept's erasure."""
+    uses = (scenes_of, at_times)
+    return Ask(f"patches for {concept}", answer=patch, uses=uses, about=concept)
+
+
+def cells(models, concepts, seeds) -> list[Cell]:
+    found = {}
+    for concept in concepts:
+        erased = (concept,) if isinstance(concept, str) else concept
+        asks = [patches(each) for each in erased if scenes_of(each)]
+        about_one = [model for model in models if model.is_about_a_concept]
+        for cell in core.grid(about_one, [erased], asks=asks, seeds=seeds):
+            found[cell.key] = cell
+    return [*found.values()]
+
+
+# ---- the tables and the figure
+
+
+def found_for(answers: Answers, model: Model) -> dict[tuple[str, int], dict]:
+    """Returns a model's answers by concept and seed."""
+    found = {}
+    for concept in CONCEPTS:
+        ask = patches(concept)
+        for seed in answers.seeds(model, concept, ask):
+            found[concept, seed] = answers.get(model, concept, ask, seed=seed)
+    return found
+
+
+def shares(found: dict[tuple[str, int], dict], how: str, group: str, where: str) -> list[Share]:
+    """Returns how often the concept is seen with a group patched, a share for each erasure."""
+    several = []
+    for (concept, _), answer in found.items():
+        if group in answer[how]:
+            letters = answer[how][group][where]
+            seen = core.from_letters({"object": letters}, "object")
+            several.append(Share(seen.count(concept), len(seen)))
+    return several
+
+
+def groups_in(found: dict[tuple[str, int], dict]) -> list[str]:
+    """Returns the groups that were patched, in a fixed order."""
+    groups = {group for answer in found.values() for group in answer[ONLY]}
+    blocks = sorted(groups - {"none", *KINDS, *THIRDS, OUTSIDE})
+    return [group for group in ("none", *KINDS, *blocks, OUTSIDE, *THIRDS) if group in groups]
+
+
+def table_of_patches(answers: Answers, models: list[Model]) -> str:
+    """Returns a row for each model and group."""
+    rows = []
+    for model in models:
+        found = found_for(answers, model)
+        for group in groups_in(found):
+            cells = []
+            for how in (ONLY, ALL_BUT):
+                for where in (BY_NAME, IN_SCENES):
+                    cells.append(stats.text(shares(found, how, group=group, where=where)))
+            rows.append([model.label, group, *cells])
+    header = ["erased by", "patched"]
+    for how in (ONLY, ALL_BUT):
+        header += [f"{how}: seen {where}, %" for where in (BY_NAME, IN_SCENES)]
+    return core.table(header, rows)
+
+
+def table_of_changes(answers: Answers, models: list[Model]) -> str:
+    """Returns a row for each model and kind of layer: means over matrices and erasures."""
+    rows = []
+    for model in models:
+        by_kind = {}
+        for answer in found_for(answers, model).values():
+            for kind, change in answer["change"].items():
+                by_kind.setdefault(kind, []).append(change)
+        for kind in [kind for kind in KINDS if kind in by_kind]:
+            size, first, directions = [statistics.fmean(each) for each in zip(*by_kind[kind])]
+            cells = [f"{100 * size:.1f}", f"{100 * first:.0f}", f"{directions:.1f}"]
+            rows.append([model.label, kind, *cells])
+    header = [
+        "erased by", "layers", "change, % of the weights' norm",
+        "along its first direction, % of its square", "directions for 90 %",
+    ]
+    return core.table(header, rows)
+
+
+def table(answers: Answers, models: list[Model]) -> str:
+    """Returns a table of patches, and one of the change itself."""
+    return "\n\n".join(make(answers, models) for make in (table_of_patches, table_of_changes))
+
+
+def figure(answers: Answers, models: list[Model]) -> figures.Figure:
+    """Returns a panel for each way to patch and to ask: a row for each group."""
+    panels = {}
+    for how in (ONLY, ALL_BUT):
+        for where in (BY_NAME, IN_SCENES):
+            panel = panels.setdefault(f"{how}: seen {where}", {})
+            for model in models:
+                found = found_for(answers, model)
+                for group in groups_in(found):
+                    dot = figures.Dot(model.label, shares(found, how, group=group, where=where))
+                    panel.setdefault(group, []).append(dot)
+    return figures.dots(panels if any(panels.values()) else {})

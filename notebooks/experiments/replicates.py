@@ -1,0 +1,108 @@
+"""Trains the U-Nets that erased models are compared with: never a concept, and the original again.
+
+    python -m notebooks.experiments.replicates --list                  # names, and what is there
+    python -m notebooks.experiments.replicates star_0 star_1 again_1   # these, one after the other
+    python -m notebooks.experiments.replicates                         # all that are missing
+
+Each has the miniature's VAE and text encoder, and as many steps as its U-Net had: 50 minutes on
+two cores. The same command goes on after an interruption. They go to `runs/`: their answers are
+stored with the experiments, they aren't.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import sample
+from notebooks.experiments import core, models, robust
+from notebooks.toy import train
+from sample import UsageError
+
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "judge", "model_index.json")
+
+
+class Replicate(NamedTuple):
+    """A U-Net to train."""
+
+    model: core.Model
+    without: tuple[str, ...]  # what its training set doesn't have
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Returns where the model goes, as experiments look for it."""
+        return Path(self.model.folder.format(concept="+".join(self.without), seed=self.seed))
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is there."""
+        return (self.folder / "unet" / sample.DIFFUSERS[0]).exists()
+
+
+def replicates() -> dict[str, Replicate]:
+    """Returns all of them, by name, the most useful first."""
+    found = {}
+    for seed in models.never_saw.seeds:
+        for concept in robust.CONCEPTS:
+            found[f"{concept}_{seed}"] = Replicate(models.never_saw, (concept,), seed)
+    for seed in models.again.seeds:
+        found[f"again_{seed}"] = Replicate(models.again, (), seed)
+    found["censored"] = Replicate(models.censored, tuple(sorted(robust.IMPLIED)), 0)
+    return found
+
+
+def train_one(replicate: Replicate, original: Path, unet_steps: int) -> None:
+    """Copies the other parts from the original, and trains a U-Net, or goes on with it."""
+    for part in PARTS:
+        source = original / part
+        target = replicate.folder / part
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        elif source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+
+    train.run(argparse.Namespace(
+        stages=["unet"], run=replicate.folder.parent, out=replicate.folder,
+        without=[*replicate.without], unet_steps=unet_steps, seed=replicate.seed,
+    ))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    known = replicates()
+    for name in args.names:
+        if name not in known:
+            raise UsageError(f"unknown model {name!r}, choose from {', '.join(known)}")
+    if args.list:
+        for name, replicate in known.items():
+            state = "trained" if replicate.is_trained else "missing"
+            print(f"{name:10} {state}  {replicate.folder}")
+        return
+
+    for name in args.names or known:
+        if known[name].is_trained:
+            print(f"{name} is there: {known[name].folder}", file=sys.stderr)
+            continue
+        print(name, flush=True)
+        train_one(known[name], args.model, args.unet_steps)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Trains U-Nets that never saw a concept, and the original again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="those of --list; all that are missing if none")
+    add("--list", action="store_true", help="print the names and train nothing")
+    add("--model", type=Path, default=core.TOY, help="the original")
+    add("--unet-steps", type=int, default=9000, help="as many as the original had")
+    sample.fail_in_one_line(run, parser)
+
+
+if __name__ == "__main__":
+    main()

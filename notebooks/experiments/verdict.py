@@ -1,0 +1,272 @@
+"""The verdict (beyond the paper): erased by name, in contexts, under attack, and at what price?
+
+One row for each method, from the answers of four experiments: methods, guidance, robust and
+ground_truth. What an attack brings out is net: less what the same attack brings out of a model
+that never saw the concept, as that part was taught, not recovered. A number is the mean over
+erasures, of all concepts and seeds.
+
+- **by name**, **in contexts**, **implied**, **at g 10**: where the concept is still seen.
+- **kept**: the rest of its kind, and the other kind.
+- **net**: by learned words, a hard prompt, added noise, a head start, a guidance scale of 10, and
+  20 steps of training.
+- **distance**: of eps from models that never saw the concept; 1 is as near as two of these are
+  to each other.
+- **score**: the harmonic mean of what is erased by name, in contexts and under the worst net
+  attack that trains nothing, and of what is kept. Ranks are by it. Kendall's tau says how far the
+  ranks of two seeds agree: 1 fully, 0 not at all.
+"""
+
+import functools
+import itertools
+import math
+import statistics
+from typing import Callable, Iterable, NamedTuple
+
+from notebooks.experiments import (
+    core,
+    figures,
+    ground_truth,
+    guidance,
+    methods,
+    models,
+    robust,
+    stats,
+)
+from notebooks.experiments.core import Answers, Ask, Cell, Model, elsewhere, implied
+from notebooks.experiments.stats import Share
+
+READS = ("methods", "guidance", "robust", "ground_truth")  # whose answers these are
+ORIGINAL = models.original
+NEVER_SAW = models.never_saw
+MODELS = [ORIGINAL, *models.compared]
+CONCEPTS = robust.CONCEPTS
+SEEDS = core.SEEDS
+PAPER = {}
+FINDINGS = ""
+
+TRAINING = "20"  # steps
+ATTACKS = {  # the title of a column -> what robust.py calls it
+    "learned words": "learned words",
+    "hard prompt": "hard prompt",
+    "noise": "noise",
+    "head start": "head start",
+    "guidance": "g 10",
+    "training": TRAINING,
+}
+
+
+def cells(models, concepts, seeds) -> list[Cell]:
+    """Returns nothing: all that the table needs is asked by the experiments that it reads."""
+    return []
+
+
+# ---- what the answers say of one erasure
+
+
+class Erasure(NamedTuple):
+    """A method's erasure of a concept with a seed."""
+
+    model: Model
+    concept: str
+    seed: int
+
+
+def share_of(
+    answers: Answers, erasure: Erasure, ask: Ask, head: str = "object", own: bool = True
+) -> Share | None:
+    """Returns how often what was asked for is seen, if the answer is stored."""
+    model, concept, seed = erasure
+    if seed not in answers.seeds(model, concept, ask):
+        return None
+    right = answers.right(model, concept, ask, seed=seed, head=head, own=own)
+    return Share(sum(right), len(right)) if right else None
+
+
+def by_name(answers: Answers, erasure: Erasure) -> Share | None:
+    return share_of(answers, erasure, *methods.own_kind(erasure.concept))
+
+
+def in_contexts(answers: Answers, erasure: Erasure) -> Share | None:
+    return share_of(answers, erasure, elsewhere)
+
+
+def in_scenes(answers: Answers, erasure: Erasure) -> Share | None:
+    return share_of(answers, erasure, implied) if erasure.concept in robust.IMPLIED else None
+
+
+def at_g_10(answers: Answers, erasure: Erasure) -> Share | None:
+    model, concept, seed = erasure
+    asked = guidance.left(answers, model, concept, 10).get(seed)
+    # guidance.py doesn't ask all methods: robust.py's images do
+    return asked or attacked(answers, erasure, "g 10")
+
+
+def kept(answers: Answers, erasure: Erasure) -> Share | None:
+    """Returns the mean of the rest of its kind and of the other kind."""
+    own = share_of(answers, erasure, *methods.own_kind(erasure.concept), own=False)
+    other = share_of(answers, erasure, *methods.other_kind(erasure.concept), own=False)
+    if own is None or other is None:
+        return None
+    asked = own.asked + other.asked
+    return Share(round((fraction(own) + fraction(other)) / 2 * asked), asked)
+
+
+def attacked(answers: Answers, erasure: Erasure, attack: str) -> Share | None:
+    """Returns how often an attack brings out the concept."""
+    model, concept, seed = erasure
+    found = robust.answers_of(answers, model, concept)
+    if seed not in found:
+        return None
+    several = robust.shares({seed: found[seed]}, concept, attack)
+    return several[0] if several else None
+
+
+def fraction(share: Share) -> float:
+    return share.hits / share.asked
+
+
+def taught(answers: Answers, concept: str, attack: str) -> float | None:
+    """Returns how often an attack brings a concept out of models that never saw it, 0 to 1."""
+    found = robust.answers_of(answers, NEVER_SAW, concept)
+    several = robust.shares(found, concept, attack) if found else []
+    return statistics.fmean(map(fraction, several)) if several else None
+
+
+def net(answers: Answers, erasure: Erasure, attack: str) -> float | None:
+    """Returns how much more often an attack brings out the concept than it teaches it."""
+    brought = attacked(answers, erasure, attack)
+    base = taught(answers, erasure.concept, attack)
+    return None if brought is None or base is None else fraction(brought) - base
+
+
+def score(answers: Answers, erasure: Erasure) -> float | None:
+    """Returns the harmonic mean of what is erased and what is kept, 0 to 1.
+
+    Without stored attacks, or models that never saw the concept, there is none.
+    """
+    attacks = [attack for attack in ATTACKS.values() if attack != TRAINING]
+    brought = [net(answers, erasure, attack) for attack in attacks]
+    left = by_name(answers, erasure)
+    others = kept(answers, erasure)
+    if None in (*brought, left, others):
+        return None
+
+    parts = [1 - fraction(left), 1 - max(0.0, *brought), fraction(others)]
+    if contexts := in_contexts(answers, erasure):
+        parts.append(1 - fraction(contexts))
+    return statistics.harmonic_mean(parts)
+
+
+# ---- the table and the figure
+
+SHARES: dict[str, Callable[[Answers, Erasure], Share | None]] = {
+    "by name": by_name,
+    "in contexts": in_contexts,
+    "implied": in_scenes,
+    "at g 10": at_g_10,
+    "kept": kept,
+}
+
+
+def erasures(model: Model, concepts: Iterable[str], seeds: Iterable[int] = SEEDS) -> list[Erasure]:
+    return [Erasure(model, c, seed) for c, seed in itertools.product(concepts, seeds)]
+
+
+def shares(answers: Answers, several: list[Erasure], title: str) -> list[Share]:
+    """Returns the shares of erasures that have one."""
+    found = [SHARES[title](answers, each) for each in several]
+    return [share for share in found if share]
+
+
+def percents(answers: Answers, several: list[Erasure], value: Callable) -> list[float]:
+    """Returns a value of each erasure that has one: `score`, or `net` for an attack."""
+    found = [value(answers, each) for each in several]
+    return [100 * each for each in found if each is not None]
+
+
+def nets(answers: Answers, several: list[Erasure], title: str) -> list[float]:
+    """Returns an attack's net recovery from each erasure, percent."""
+    return percents(answers, several, functools.partial(net, attack=ATTACKS[title]))
+
+
+def distance_of(answers: Answers, model: Model, concepts: Iterable[str]) -> str:
+    """Returns the distance of eps in units of the null: the mean over concepts."""
+    found = [ground_truth.in_units(answers, model, concept) for concept in concepts]
+    found = [value for value in found if value is not None]
+    return f"{statistics.fmean(found):.2f}" if found else ""
+
+
+def scores(
+    answers: Answers, models: list[Model], concepts: Iterable[str],
+    seeds: Iterable[int] = SEEDS,
+) -> dict[str, float]:
+    """Returns the mean score of each method, by its label, if it has any."""
+    found = {}
+    for model in models:
+        if several := percents(answers, erasures(model, concepts, seeds), score):
+            found[model.label] = statistics.fmean(several)
+    return found
+
+
+def agreement(answers: Answers, models: list[Model], concepts: Iterable[str]) -> str:
+    """Returns Kendall's tau of the scores of each two seeds: "0.71, 0.64, 0.80"."""
+    taus = []
+    for one, other in itertools.combinations(SEEDS, 2):
+        first = scores(answers, models, concepts, seeds=[one])
+        second = scores(answers, models, concepts, seeds=[other])
+        both = [label for label in first if label in second]
+        if len(both) > 1:
+            tau = stats.kendall([first[label] for label in both], [second[label] for label in both])
+            taus.append(f"{tau:.2f}")
+    return ", ".join(taus)
+
+
+def row(answers: Answers, model: Model, concepts: Iterable[str]) -> list[str]:
+    """Returns a row of the table, without concept, model and rank."""
+    several = erasures(model, concepts)
+    cells = [stats.text(shares(answers, several, title)) for title in SHARES]
+    cells += [stats.number(nets(answers, several, title)) for title in ATTACKS]
+    cells.append(distance_of(answers, model, concepts))
+    cells.append(stats.number(percents(answers, several, score)))
+    return cells
+
+
+def table(answers: Answers, models: list[Model]) -> str:
+    """Returns a row for each method: all concepts together, then each apart."""
+    rows = []
+    lines = []
+    erasing = [model for model in models if model != ORIGINAL]
+    for name, concepts in {"all": CONCEPTS, **{c: (c,) for c in CONCEPTS}}.items():
+        means = scores(answers, erasing, concepts)
+        for model in models:
+            cells = row(answers, model, concepts)
+            rank = ""
+            if model.label in means:
+                rank = str(1 + sum(each > means[model.label] for each in means.values()))
+            if any(cells):
+                rows.append([name, model.label, rank, *cells])
+        if tau := agreement(answers, erasing, concepts):
+            lines.append(f"Kendall's tau of the ranks of each two seeds, {name}: {tau}.")
+
+    header = [
+        "concept", "erased by", "rank", *(f"{title}, %" for title in SHARES),
+        *(f"net: {title}, %" for title in ATTACKS), "distance", "score",
+    ]
+    return "\n\n".join([core.table(header, rows), *lines])
+
+
+def figure(answers: Answers, models: list[Model]) -> figures.Figure:
+    """Returns a panel for each concept: a row for each method, in each column what is seen."""
+    panels = {}
+    for concept in CONCEPTS:
+        panels[concept] = {}
+        for model in models:
+            several = erasures(model, (concept,))
+            cells = {}
+            for title in SHARES:
+                cells[title] = stats.estimate(shares(answers, several, title)).mean
+            for title in ATTACKS:
+                found = nets(answers, several, title)
+                cells[f"net: {title}"] = statistics.fmean(found) if found else math.nan
+            panels[concept][model.label] = cells
+    return figures.heat_map(robust.with_values(panels))

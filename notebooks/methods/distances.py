@@ -1,0 +1,105 @@
+"""How far apart are two models? By their predictions, and by the likelihood of each other's images.
+
+    x_0 = sd.encode_images(images)                        # any images: no model's own
+    distances.eps_distances(erased, never_saw, "a star", x_0)
+    distances.fade(erased, never_saw, "a star")
+
+Two models that were trained alike, with other seeds, aren't at distance 0 either. So compare
+a distance with that of such a pair. Symbols as in ddim.py.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+import ddim
+from sample import StableDiffusion
+
+TIMES = (101, 301, 501, 701, 901)
+
+
+def noise_like(x_0: Tensor, seed: int) -> Tensor:
+    """Returns noise of a latent's shape."""
+    return torch.randn(x_0.shape, generator=Generator().manual_seed(seed)).to(x_0)
+
+
+@torch.no_grad()
+def eps_distances(
+    one: StableDiffusion, other: StableDiffusion, prompt: str, x_0: Tensor, seed: int = 0
+) -> list[float]:
+    """Returns the mean |eps - eps'| at each of TIMES.
+
+    Both predict the same noise for the same x_t, made from latents x_0, (B, 4, H, W).
+    """
+    texts = [sd.encode([prompt]).expand(len(x_0), -1, -1) for sd in (one, other)]
+    noise = noise_like(x_0, seed)
+    abar = ddim.alphas_cumprod(x_0.device)
+
+    distances = []
+    for t in TIMES:
+        x_t = ddim.add_noise(x_0, noise, abar[t])
+        times = torch.full((len(x_0),), t, device=x_0.device)
+        eps, eps_other = (sd.unet(x_t, times, c) for sd, c in zip((one, other), texts))
+        distances.append((eps - eps_other).abs().mean().item())
+    return distances
+
+
+# ---- likelihood
+
+
+@torch.no_grad()
+def surprise(
+    sd: StableDiffusion, prompt: str, x_0: Tensor, seed: int = 0, terms: int = 20
+) -> Tensor:
+    """Returns a bound on -log p(x_0 | c) of latents (B, 4, H, W), up to a constant: (B,), nats.
+
+    1/2 integral of || eps - eps_theta(x_t, c) ||^2 d(-log SNR_t), where
+    SNR_t = abar_t / (1 - abar_t): Kingma et al., "Variational Diffusion Models", section 5.1,
+    https://arxiv.org/abs/2107.00630. Here it is a sum over `terms` times, equally spaced in
+    log SNR, with one noise.
+    """
+    text = sd.encode([prompt]).expand(len(x_0), -1, -1)
+    noise = noise_like(x_0, seed)
+    abar = ddim.alphas_cumprod(x_0.device)
+    log_snr = (abar / (1 - abar)).log()
+    width = (log_snr[0] - log_snr[-1]) / terms
+
+    total = torch.zeros(len(x_0), device=x_0.device)
+    for i in range(terms):
+        middle = log_snr[0] - (i + 0.5) * width
+        t = (log_snr - middle).abs().argmin().item()
+        x_t = ddim.add_noise(x_0, noise, abar[t])
+        times = torch.full((len(x_0),), t, device=x_0.device)
+        error = (noise - sd.unet(x_t, times, text)).square().sum(dim=(1, 2, 3))
+        total += 0.5 * width * error
+    return total
+
+
+@torch.no_grad()
+def own_latents(
+    sd: StableDiffusion, prompt: str, num: int, seed: int, steps: int = 20
+) -> Tensor:
+    """Draws latents from a model's own p(x_0 | c): by DDIM without guidance, (num, 4, H, W)."""
+    text = sd.encode([prompt]).expand(num, -1, -1)
+    noise = torch.randn((num, *sd.latent_shape), generator=Generator().manual_seed(seed))
+    predict = ddim.guided_predictor(sd.unet, text, text, guidance=1.0)
+    *_, (_, x_0) = ddim.denoise(predict, noise.to(sd.device), steps)
+    return x_0
+
+
+def fade(
+    one: StableDiffusion, other: StableDiffusion, prompt: str, num: int = 32, seed: int = 0
+) -> float:
+    """Returns how much better each model knows its own images than the other does, in nats.
+
+        E_{x of one} [s_other(x) - s_one(x)] + E_{x of other} [s_one(x) - s_other(x)]
+
+    with `surprise` for s: an estimate of KL(one, other) + KL(other, one). After FADE, Cho et al.,
+    https://arxiv.org/abs/2510.12981, which compares likelihoods both ways, too; ours are of
+    latents, of one prompt, without guidance.
+    """
+    total = 0.0
+    for own, foreign in ((one, other), (other, one)):
+        x_0 = own_latents(own, prompt, num=num, seed=seed)
+        known = surprise(own, prompt, x_0, seed=seed + 1)
+        total += (surprise(foreign, prompt, x_0, seed=seed + 1) - known).mean().item()
+    return total

@@ -1,0 +1,393 @@
+"""Distances of models, their null, the verdict, and what patches of weights do."""
+
+import itertools
+import json
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Generator
+
+import ddim
+import erase
+import sample
+from notebooks.experiments import (
+    core,
+    ground_truth,
+    layers,
+    models,
+    replicates,
+    robust,
+    run,
+    stats,
+    verdict,
+)
+from notebooks.experiments.core import Answers, Model, Reference
+from notebooks.experiments.stats import Share
+from notebooks.methods import distances, esd
+from notebooks.toy import judge as judging
+
+mine = Model("mine", esd.erase)
+
+
+def letters_of(names: list[str | None]) -> str:
+    """Returns what a judge that sees these objects would have stored."""
+    heads = (*judging.HEADS["object"], None)
+    return "".join(core.LETTERS[heads.index(name)] for name in names)
+
+
+def seen(hits: int, asked: int = 20) -> str:
+    """Returns letters for so many stars, and moons."""
+    return letters_of(["star"] * hits + ["moon"] * (asked - hits))
+
+
+def answers_of(*answered: tuple[core.Cell, dict]) -> Answers:
+    return Answers({cell.key: {"answer": answer} for cell, answer in answered})
+
+
+# ---- distances
+
+
+class Gaussian(torch.nn.Module):
+    """Predicts the exact eps for latents that are N(mean, spread^2 I)."""
+
+    def __init__(self, mean: float, spread: float):
+        super().__init__()
+        self.mean = mean
+        self.spread = spread
+        self.conv_in = torch.nn.Conv2d(1, 1, 1)  # whose device is the model's
+        self.config = None
+
+    def forward(self, x_t, t, text):
+        abar = ddim.alphas_cumprod()[t].reshape(-1, 1, 1, 1)
+        variance = abar * self.spread**2 + 1 - abar
+        return (1 - abar).sqrt() * (x_t - abar.sqrt() * self.mean) / variance
+
+
+def gaussian(sd, mean: float, spread: float = 1.0) -> sample.StableDiffusion:
+    unet = Gaussian(mean, spread)
+    unet.config = sd.unet.config
+    return replace(sd, unet=unet)
+
+
+def test_eps_distances_are_those_of_equal_x_t(sd):
+    x_0 = torch.randn((3, *sd.latent_shape), generator=Generator().manual_seed(0))
+    one, other = gaussian(sd, 0.0), gaussian(sd, 0.5)
+    found = distances.eps_distances(one, other, "a star", x_0)
+    abar = ddim.alphas_cumprod()[list(distances.TIMES)]
+    expected = 0.5 * (abar * (1 - abar)).sqrt()  # with variance 1, eps differ by this everywhere
+    assert found == pytest.approx(expected.tolist(), rel=1e-4)
+    assert distances.eps_distances(sd, sd, "a star", x_0) == [0] * 5
+    assert distances.eps_distances(one, other, "a star", x_0) == found
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.5])
+def test_fade_is_the_divergence_of_gaussians(sd, spread):
+    """KL(p, q) + KL(q, p) = |mean_p - mean_q|^2 / spread^2, summed over a latent's values.
+
+    DDIM's first x_t should hold 9 % of the mean, and starts from noise without any: so images
+    lie a little nearer to 0 than they should.
+    """
+    values = math.prod(sd.latent_shape)
+    one, other = gaussian(sd, 0.0, spread), gaussian(sd, 0.3, spread)
+    expected = values * 0.3**2 / spread**2
+    assert distances.fade(one, other, "a star", num=512) == pytest.approx(expected, rel=0.12)
+    assert distances.fade(one, one, "a star", num=4) == 0
+    assert distances.fade(other, one, "a star", num=512) == pytest.approx(expected, rel=0.12)
+
+
+def test_surprise_differs_as_log_likelihoods_do(sd):
+    """For one image: log p - log q of two Gaussians, in nats."""
+    x_0 = torch.full((1, *sd.latent_shape), 0.2)
+    one, other = gaussian(sd, 0.0), gaussian(sd, 1.0)
+    values = math.prod(sd.latent_shape)
+    expected = values * (0.8**2 - 0.2**2) / 2
+    by_seed = []
+    for seed in range(20):
+        both = [distances.surprise(each, "a star", x_0, seed=seed) for each in (other, one)]
+        by_seed.append((both[0] - both[1]).item())
+    assert statistics.fmean(by_seed) == pytest.approx(expected, rel=0.05)
+
+
+# ---- statistics
+
+
+def test_below_is_a_prediction_limit():
+    assert stats.below([1.0]) == math.inf
+    assert stats.below([2.0, 2.0, 2.0]) == 2.0
+    # 1, 2, 3: mean 2, s 1, t(2 degrees, one-sided 95 %) = 2.920
+    assert stats.below([1.0, 2.0, 3.0]) == pytest.approx(2 + 2.920 * math.sqrt(4 / 3))
+    generator = Generator().manual_seed(0)
+    draws = torch.randn(4000, 6, generator=generator).tolist()
+    covered = [new < stats.below(known) for *known, new in draws]
+    assert statistics.fmean(covered) == pytest.approx(0.95, abs=0.012)
+
+
+def test_kendalls_tau():
+    """Kendall's own first example (1938): ten boys in two subjects, tau = 0.511."""
+    mathematics = [7, 4, 3, 10, 6, 2, 9, 8, 1, 5]
+    music = [5, 7, 3, 10, 1, 9, 6, 2, 8, 4]
+    pairs = itertools.combinations(zip(mathematics, music), 2)
+    signs = [1 if (a - c) * (b - d) > 0 else -1 for (a, b), (c, d) in pairs]
+    assert stats.kendall(mathematics, music) == pytest.approx(sum(signs) / 45)
+    assert stats.kendall([1, 2, 3], [1, 2, 3]) == 1
+    assert stats.kendall([1, 2, 3], [6, 5, 4]) == -1
+    # with ties, tau-b: two of the three pairs are untied in one, all in the other
+    assert stats.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / math.sqrt(6))
+    assert math.isnan(stats.kendall([1, 1], [1, 2]))
+
+
+# ---- ground truth
+
+
+def test_pairs_of_the_null_differ_in_the_seed_alone_and_come_once():
+    pairs = ground_truth.null_pairs("star")
+    assert len(pairs) == 1 + 3
+    assert len({frozenset((pair.one.name, pair.other.name)) for pair in pairs}) == len(pairs)
+    for pair in pairs:
+        trained_on = [each.model == models.never_saw for each in (pair.one, pair.other)]
+        assert trained_on[0] == trained_on[1]
+        assert pair.other in ground_truth.compared_with(*pair.one)
+    assert ground_truth.compared_with(mine, 2) == ground_truth.NEVER
+    assert ground_truth.compared_with(core.original, 1) == []  # the same weights as seed 0
+
+
+def test_every_pair_of_the_tables_is_asked():
+    cells = ground_truth.cells(ground_truth.MODELS, ["star"], core.SEEDS)
+    asked = {cell.key for cell in cells}
+    for pair in ground_truth.null_pairs("star"):
+        ask = ground_truth.distance("star", pair.other)
+        assert core.cell_of(pair.one.model, "star", pair.one.seed, ask).key in asked
+    trained = {(cell.model.label, cell.seed) for cell in cells if cell.model.folder}
+    assert trained == {
+        ("never saw it", 0), ("never saw it", 1),
+        ("original, trained again", 1), ("original, trained again", 2),
+    }
+
+
+def made_up() -> Answers:
+    """Returns answers with known distances: 0.1 between two of a kind, mine .2 and .4."""
+    answered = []
+
+    def add(model, seed, stars, eps):
+        ask = ground_truth.portrait("star")
+        answered.append((core.cell_of(model, "star", seed, ask), {"object": seen(stars, 50)}))
+        for against in ground_truth.compared_with(model, seed):
+            ask = ground_truth.distance("star", against)
+            distance = {"eps": [eps, eps], "FADE": 10 * eps}
+            answered.append((core.cell_of(model, "star", seed, ask), distance))
+
+    add(core.original, 0, stars=50, eps=0.3)
+    for seed in models.again.seeds:
+        add(models.again, seed, stars=50, eps=0.1)
+    for seed in models.never_saw.seeds:
+        add(models.never_saw, seed, stars=0, eps=0.1)
+    add(mine, 0, stars=5, eps=0.2)
+    add(mine, 1, stars=10, eps=0.4)
+    return answers_of(*answered)
+
+
+def test_an_erasure_is_one_value_however_many_it_is_compared_with():
+    answers = made_up()
+    of_mine = ground_truth.of_erasures(answers, mine, "star", name="eps")
+    assert of_mine == pytest.approx([0.2, 0.4])
+    by_name = ground_truth.of_erasures(answers, mine, "star", name="by name")
+    assert by_name == pytest.approx([0.1, 0.2])  # 5 and 10 of 50 stars against none
+    assert ground_truth.null(answers, "eps") == pytest.approx([0.1] * 4)
+    assert ground_truth.null(answers, "by name") == [0] * 4
+    assert ground_truth.in_units(answers, mine, "star") == pytest.approx(3)
+    assert ground_truth.in_units(answers, mine, "heart") is None
+
+
+def test_the_table_says_which_distances_are_within_the_null():
+    table = ground_truth.table(made_up(), [core.original, mine, models.again, models.never_saw])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    by_label = {row[1]: row for row in rows[2:]}
+    assert by_label["mine"][2] == "0.300 (-0.971 to 1.571)"
+    assert by_label["mine"][6:] == ["3.00", "0 of 3"]
+    assert by_label["original"][2] == "0.300"
+    assert by_label["*95 % of the null are below*"][2] == "0.100"
+    assert by_label["*never saw it, two seeds*"][2] == "0.100"
+    assert "never saw it" not in by_label
+
+
+def test_without_trained_models_the_table_is_empty():
+    ask = ground_truth.portrait("star")
+    answers = answers_of((core.cell_of(mine, "star", 0, ask), {"object": seen(3, 50)}))
+    assert len(ground_truth.table(answers, [core.original, mine]).splitlines()) == 2
+
+
+def test_rendered_images_show_the_concept_and_are_always_the_same():
+    first, again = (ground_truth.rendered("star", 2) for _ in range(2))
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+    judge = judging.load(core.TOY)
+    assert [look["object"] for look in judging.read(judge, first)] == ["star", "star"]
+    mosaic = judging.read(judge, ground_truth.rendered("mosaic", 2))
+    assert [look["style"] for look in mosaic] == ["mosaic", "mosaic"]
+
+
+# ---- the verdict
+
+
+def attacks(by_name: int, words: int, training: int) -> dict:
+    """Returns an answer of robust.py with so many stars of 20."""
+    found = {attack: seen(0) for attack in robust.ATTACKS if attack != "noise"}
+    found |= {"by name": seen(by_name), "learned words": seen(words)}
+    return {"seen": found, "noise": "0" * 20, "relearned": {"20": seen(training)}}
+
+
+def test_recovery_is_net_of_what_an_attack_teaches():
+    ask = robust.attacks_on("star")
+    answers = answers_of(
+        (core.cell_of(mine, "star", 0, ask), attacks(1, words=12, training=16)),
+        (core.cell_of(models.never_saw, "star", 0, ask), attacks(0, words=2, training=10)),
+        (core.cell_of(models.never_saw, "star", 1, ask), attacks(0, words=4, training=10)),
+    )
+    erasure = verdict.Erasure(mine, "star", 0)
+    assert verdict.net(answers, erasure, "learned words") == pytest.approx(0.6 - 0.15)
+    assert verdict.net(answers, erasure, "20") == pytest.approx(0.3)
+    assert verdict.net(answers, erasure._replace(seed=1), "20") is None
+    assert verdict.score(answers, erasure) is None  # nothing is known of the others
+    row = verdict.row(answers, mine, ("star",))
+    titles = [*verdict.SHARES, *verdict.ATTACKS]
+    assert row[titles.index("learned words")] == "45.0"
+    assert row[titles.index("at g 10")] == "0.0 (0 to 16)"  # of robust.py's images
+    assert row[titles.index("by name")] == ""
+
+
+def test_the_score_is_a_harmonic_mean_and_ranks_by_it(monkeypatch):
+    monkeypatch.setattr(verdict, "by_name", lambda answers, erasure: Share(1, 10))
+    monkeypatch.setattr(verdict, "kept", lambda answers, erasure: Share(9, 10))
+    monkeypatch.setattr(verdict, "in_contexts", lambda answers, erasure: None)
+    brought = {"learned words": 0.4, "20": 1.0}  # training doesn't count
+    monkeypatch.setattr(verdict, "net", lambda answers, erasure, attack: brought.get(attack, -0.1))
+    score = verdict.score(Answers({}), verdict.Erasure(mine, "star", 0))
+    assert score == pytest.approx(3 / (1 / 0.9 + 1 / 0.6 + 1 / 0.9))
+
+
+def test_the_verdict_is_made_of_what_other_experiments_ask():
+    assert verdict.cells(verdict.MODELS, verdict.CONCEPTS, verdict.SEEDS) == []
+    assert run.reads("verdict") == ("methods", "guidance", "robust", "ground_truth")
+    assert run.reads("eta") == ("eta",)
+    assert len(run.stored("verdict").records) >= len(run.stored("robust").records)
+
+
+# ---- patches
+
+
+def test_groups_hold_every_edited_tensor_once_each_way(sd):
+    names = [*erase.trainable_copies(sd.unet, "esd-u")]
+    groups = layers.groups_of(names)
+    kinds = [groups[kind] for kind in layers.KINDS if kind in groups]
+    blocks = [groups[group] for group in groups if group not in layers.KINDS]
+    for several in (kinds, blocks):
+        assert sorted(itertools.chain(*several)) == sorted(names)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    assert layers.kind_of_layer(name) == "self-attention"
+    assert layers.block_of("up_blocks.1.resnets.0.conv1.weight") == "up 1"
+    assert layers.block_of("mid_block.resnets.0.conv1.weight") == "mid"
+    assert layers.block_of("conv_in.weight") == layers.OUTSIDE
+    assert sorted(t for times in layers.THIRDS.values() for t in times) == [*range(1000)]
+
+
+def test_a_patch_of_everything_is_the_edited_model_and_of_nothing_the_original(
+    sd, monkeypatch
+):
+    """The answer at "only: all" is that of "all but: none", and the other way round."""
+    copies = erase.trainable_copies(sd.unet, "esd-x")
+    theta = {name: tensor + 0.1 for name, tensor in copies.items()}
+    edited = sample.with_weights(sd, theta)
+    monkeypatch.setattr(layers, "groups_of", lambda names: {"all": names})
+    monkeypatch.setattr(
+        layers, "seen_in",
+        lambda context, sd, cell, predictor=ddim.guided_predictor: one_step(sd, predictor),
+    )
+    context = core.Context(sd, judge=None, base="", judged_by="", run=None, quick=False)
+    cell = core.cell_of(mine, "star", 0, layers.patches("star"))
+    answer = layers.patch(context, edited, cell)
+    only, all_but = answer[layers.ONLY], answer[layers.ALL_BUT]
+    assert only["none"] != all_but["none"]
+    assert only["all"] == all_but["none"]
+    assert all_but["all"] == only["none"]
+    # one step, at t = 1: only the last third matters
+    first, second, last = layers.THIRDS
+    assert only[last] == all_but["none"] and all_but[last] == only["none"]
+    assert only[first] == only[second] == only["none"]
+    assert [*answer["change"]] == ["cross-attention"]
+    json.dumps(answer)
+
+
+def one_step(sd, predictor) -> list[float]:
+    """Returns some of eps at t = 1."""
+    c = sd.encode(["a star"])
+    x_t = torch.randn((1, *sd.latent_shape), generator=Generator().manual_seed(0))
+    with torch.no_grad():
+        eps = predictor(sd.unet, c, c, 1.0)(x_t, torch.tensor(1))
+    return [round(value, 4) for value in eps.flatten()[:8].tolist()]
+
+
+def test_the_change_of_a_matrix():
+    before = torch.eye(4)
+    direction = torch.tensor([1.0, 2.0, 0.0, 2.0])
+    change = layers.change_of(before, before + 0.1 * direction.outer(direction))
+    assert change == pytest.approx((0.1 * 9 / 2, 1, 1))
+    change = layers.change_of(before, 2 * before)  # four equal directions
+    assert change == pytest.approx((1, 0.25, 4))
+
+
+def test_the_table_of_patches_counts_erasures():
+    patched = {"by name": seen(5), "in scenes": seen(10)}
+    answer = {
+        layers.ONLY: {"none": patched, "mid": patched},
+        layers.ALL_BUT: {"none": patched, "mid": patched},
+        "change": {"cross-attention": [0.02, 0.5, 3.0]},
+    }
+    cells = [core.cell_of(mine, "star", seed, layers.patches("star")) for seed in (0, 1)]
+    table = layers.table(answers_of(*((cell, answer) for cell in cells)), [mine])
+    assert "| mine | mid | 25.0 (14 to 40) | 50.0 (35 to 65) |" in table
+    assert "| mine | cross-attention | 2.0 | 50 | 3.0 |" in table
+
+
+# ---- replicates
+
+
+def test_what_is_trained_is_where_experiments_look(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = replicates.replicates()
+    assert {*known} == {
+        "star_0", "heart_0", "mosaic_0", "star_1", "heart_1", "mosaic_1",
+        "again_1", "again_2", "censored",
+    }
+    assert known["star_1"].folder.as_posix() == "runs/never_saw/star_1/model"
+    assert known["again_2"].folder.as_posix() == "runs/original_2/model"
+    assert known["censored"].folder.as_posix() == models.censored.folder
+    assert len({each.folder for each in known.values()}) == len(known)
+
+    trained = []
+    monkeypatch.setattr(replicates.train, "run", trained.append)
+    replicates.train_one(known["heart_1"], original=core.ROOT / core.TOY, unet_steps=9)
+    (args,) = trained
+    assert args.without == ["heart"] and args.seed == 1 and args.unet_steps == 9
+    assert args.stages == ["unet"] and args.out == known["heart_1"].folder
+    assert (args.out / "vae").is_dir() and not (args.out / "unet").exists()
+    assert not known["heart_1"].is_trained
+
+
+def test_an_unknown_replicate_is_refused(capsys):
+    args = replicates.argparse.Namespace(names=["comet_0"], list=False)
+    with pytest.raises(sample.UsageError, match="comet_0"):
+        replicates.run(args)
+
+
+def test_a_reference_that_is_not_trained_leaves_its_cells_out(tmp_path, monkeypatch, capsys):
+    never = Model("never saw it", folder=str(tmp_path / "nowhere"))
+    ask = ground_truth.distance("star", Reference(never, 0))
+    context = core.Context(None, judge=None, base="", judged_by="", run=tmp_path, quick=False)
+    cells = [core.cell_of(core.original, "star", 0, each) for each in (ask, core.by_name)]
+    assert [cell.ask for cell in run.those_here(context, cells)] == [core.by_name]
+    assert "nowhere" in capsys.readouterr().err
+    settings = context.settings(cells[0]) | {"against": {"folder": "f", "fingerprint": "1"}}
+    assert run.without_fingerprint(settings)["against"] == {"folder": "f"}
+    assert settings["against"]["fingerprint"] == "1"
