@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,9 +116,12 @@ def sld(mu="(scale * (eps_c - eps_s).abs()).clamp(max=1)", where="eps_c - eps_s 
 
 
 RIGHT = [
-    ("1.2", denoising()),
-    ("1.2", denoising(t_prev="t - 1000 // steps if k else 0")),
-    ("1.2", "for t, t_prev in zip(ddim.timesteps(steps), [*ddim.timesteps(steps)[1:], 0]):\n"
+    ("1.2", "return abar_t ** 0.5 * x_0 + (1 - abar_t) ** 0.5 * noise"),
+    ("1.2", "import math\nreturn math.sqrt(abar_t) * x_0 + math.sqrt(1 - abar_t) * noise"),
+    ("1.2", "return ddim.add_noise(x_0, noise, abar_t)"),  # the grader refuses it
+    ("1.3", denoising()),
+    ("1.3", denoising(t_prev="t - 1000 // steps if k else 0")),
+    ("1.3", "for t, t_prev in zip(ddim.timesteps(steps), [*ddim.timesteps(steps)[1:], 0]):\n"
             "    a, b = ddim.alphas_cumprod()[[t, t_prev]]\n"
             "    eps = predict(x_t, torch.tensor([t]))\n"
             "    x_t = b ** 0.5 * (x_t - (1 - a) ** 0.5 * eps) / a ** 0.5 + (1 - b) ** 0.5 * eps\n"
@@ -161,30 +165,32 @@ RIGHT = [
             "d = ec - e0\ngoal = ec.clone()\nbig = d.abs() > 0.1\n"
             "goal[big] = (e0 - eta * d)[big]\n"
             "return ((unet(x_t, t, text.concept) - goal.detach()) ** 2).flatten(1).mean(1)"),
-    ("5.2", "return abar_t ** 0.5 * x_0 + (1 - abar_t) ** 0.5 * noise"),
-    ("5.2", "import math\nreturn math.sqrt(abar_t) * x_0 + math.sqrt(1 - abar_t) * noise"),
-    ("5.2", "return ddim.add_noise(x_0, noise, abar_t)"),  # the grader refuses it
 ]
 WRONG = [
     # 1.2
-    ("1.2", "return x_t", "the times differ: ten steps are 901"),
-    ("1.2", denoising(t_prev="t - 1000 // steps"), "the last step's t_prev is negative"),
-    ("1.2", denoising(t_prev="t - 1000 // steps", share="(1 - abar[t])"), "Two bugs are left"),
-    ("1.2", denoising(share="(1 - abar[t])"), "the share of the noise in x_t isn't 1 - abar"),
-    ("1.2", denoising(t_prev="max(t - 1000 // steps, 1)"), "not at t = 1"),
-    ("1.2", denoising(t_prev="max(t - 1000 // steps, -1)"), "abar[-1] is the noisiest"),
-    ("1.2", denoising(result="x_0"), "where a trace of noise is left"),
-    ("1.2", denoising(root="abar[t]"), "the times are right, the values aren't"),
-    ("1.2", denoising(more="yield x_t"), "it yields: return the result"),
-    ("1.2", denoising(result="[x_t]"), "it returns a list, not a tensor"),
-    ("1.2", denoising(result="(t, x_t)"), "it returns a tuple, not a tensor"),
-    ("1.2", denoising(result="'x_t'"), "it returns a str, not a tensor"),
-    ("1.2", denoising(result="None"), "it returns None: is a `return` missing?"),
-    ("1.2", denoising(result="x_t[0]"), "its result has the shape [4, 2, 2] instead of [1, 4, 2"),
-    ("1.2", denoising(result="x_t * float('nan')"), "not all of its numbers are finite"),
-    ("1.2", denoising(result="object()"), "it returns an object, not a tensor"),
-    ("1.2", "import sys\nsys.exit(1)", "it raises SystemExit: 1"),
-    ("1.2", "raise ValueError('one line\\nand another')", "it raises ValueError: one line"),
+    ("1.2", "return abar_t * x_0 + (1 - abar_t) * noise", "abar is a share of the variance"),
+    ("1.2", "return x_0 + noise", "eq. 4 of DDIM"),
+    ("1.2", "return 1 / 0", "it raises ZeroDivisionError: division by zero"),
+    ("1.2", "return x_0[0]", "its result has the shape [4, 3, 3] instead of [1, 4, 3, 3]"),
+    # 1.3
+    ("1.3", "return x_t", "the times differ: ten steps are 901"),
+    ("1.3", denoising(t_prev="t - 1000 // steps"), "the last step's t_prev is negative"),
+    ("1.3", denoising(t_prev="t - 1000 // steps", share="(1 - abar[t])"), "Two bugs are left"),
+    ("1.3", denoising(share="(1 - abar[t])"), "the share of the noise in x_t isn't 1 - abar"),
+    ("1.3", denoising(t_prev="max(t - 1000 // steps, 1)"), "not at t = 1"),
+    ("1.3", denoising(t_prev="max(t - 1000 // steps, -1)"), "abar[-1] is the noisiest"),
+    ("1.3", denoising(result="x_0"), "where a trace of noise is left"),
+    ("1.3", denoising(root="abar[t]"), "the times are right, the values aren't"),
+    ("1.3", denoising(more="yield x_t"), "it yields: return the result"),
+    ("1.3", denoising(result="[x_t]"), "it returns a list, not a tensor"),
+    ("1.3", denoising(result="(t, x_t)"), "it returns a tuple, not a tensor"),
+    ("1.3", denoising(result="'x_t'"), "it returns a str, not a tensor"),
+    ("1.3", denoising(result="None"), "it returns None: is a `return` missing?"),
+    ("1.3", denoising(result="x_t[0]"), "its result has the shape [4, 2, 2] instead of [1, 4, 2"),
+    ("1.3", denoising(result="x_t * float('nan')"), "not all of its numbers are finite"),
+    ("1.3", denoising(result="object()"), "it returns an object, not a tensor"),
+    ("1.3", "import sys\nsys.exit(1)", "it raises SystemExit: 1"),
+    ("1.3", "raise ValueError('one line\\nand another')", "it raises ValueError: one line"),
     # 2.2: five targets that eta 1 doesn't tell apart
     ("2.2", one_step("target = e0 - (ec - e0)"), "eta isn't used here"),
     ("2.2", one_step("target = eta * e0 - (ec - e0)"), "eta multiplies the difference, not eps_nu"),
@@ -268,11 +274,6 @@ WRONG = [
     ("4.2", "return erase.esd_loss(unet, frozen, x_t, t, text, eta)", "Eq. 6 everywhere"),
     ("4.2", "return erase.esd_loss(unet, frozen, x_t, t, text, eta).mean()", "its result has"),
     ("4.2", "erase.esd_loss(unet, frozen, x_t, t, text, eta)", "it returns None"),
-    # 5.2
-    ("5.2", "return abar_t * x_0 + (1 - abar_t) * noise", "abar is a share of the variance"),
-    ("5.2", "return x_0 + noise", "eq. 4 of DDIM"),
-    ("5.2", "return 1 / 0", "it raises ZeroDivisionError: division by zero"),
-    ("5.2", "return x_0[0]", "its result has the shape [4, 3, 3] instead of [1, 4, 3, 3]"),
 ]
 
 
@@ -287,6 +288,55 @@ return {result}
 
 def keeping(kept="text.null", at="e0", result="(first + weight * second).flatten(1).mean(1)"):
     return KEEPING.format(kept=kept, at=at, result=result)
+
+
+ATTACK = """
+snr = abar_t / (1 - abar_t)
+weight = {weight}
+text = {text}
+error = (unet(x_t, t, text) - {target}) ** 2
+loss = {loss}
+{step}
+"""
+
+
+def attacking(weight="snr.clamp(max=5) / snr", text="encode(v).expand(len(x_t), -1, -1)",
+              target="noise", loss="(weight * error.flatten(1).mean(1)).mean()", step=STEP):
+    return ATTACK.format(weight=weight, text=text, target=target, loss=loss, step=step)
+
+
+RIGHT += [
+    ("5.2", attacking()),
+    ("5.2", attacking("torch.minimum(snr, torch.tensor(5)) * (1 - abar_t) / abar_t")),
+    ("5.2", attacking(text="encode(v).repeat(len(x_t), 1, 1)", step="loss.backward()\n"
+                      "optimizer.step()\noptimizer.zero_grad()\nreturn loss")),
+    ("5.2", attacking("(snr.clamp(max=5) / snr).view(-1, 1, 1, 1)", loss="(weight * error).mean()",
+                      step="v.grad, = torch.autograd.grad(loss, v)\noptimizer.step()\n"
+                      "return loss.detach()")),
+]
+WRONG += [
+    # 5.2
+    ("5.2", attacking("1"), "w_t is missing"),
+    ("5.2", attacking("snr.clamp(max=5)"), "min(SNR, 5) / SNR, not min(SNR, 5)"),
+    ("5.2", attacking("snr.clamp(min=5) / snr"), "not max(SNR, 5)"),
+    ("5.2", attacking(target="x_t"), "should predict the noise, not x_t"),
+    ("5.2", attacking(loss="(weight * error.flatten(1).sum(1)).mean()"), "over the elements of"),
+    ("5.2", attacking(loss="weight.mean() * error.mean()"), "each sample has its own w_t"),
+    ("5.2", attacking(loss="error.mean()"), "w_t is missing"),
+    ("5.2", attacking(text="encode(v)"), "the U-Net gets 3 x_t and 1 c: expand c"),
+    ("5.2", attacking(text="encode(v.detach()).expand(3, -1, -1)"), "it doesn't move: encode(v)"),
+    ("5.2", attacking(text="encode(v).detach().expand(3, -1, -1)"), "it doesn't move: encode(v)"),
+    ("5.2", attacking(step=STEP.replace("optimizer.step()", "")), "it doesn't move: encode(v)"),
+    ("5.2", attacking(step=STEP.replace("optimizer.zero_grad()", "")), "step before are added"),
+    ("5.2", attacking(step=STEP.replace("loss.b", "(-loss).b")), "the step goes uphill"),
+    ("5.2", attacking(step="optimizer = torch.optim.Adam(unet.parameters())" + STEP),
+     "the U-Net's weights move: the attack changes only v"),
+    ("5.2", attacking(step="optimizer = torch.optim.Adam([v, *unet.parameters()])" + STEP),
+     "the U-Net's weights move: the attack changes only v"),
+    ("5.2", attacking(step="optimizer = torch.optim.Adam([v])" + STEP), "optimizer that you get"),
+    ("5.2", attacking(step=STEP.replace("return loss.item()", "")), "it returns None"),
+    ("5.2", attacking(loss="weight * error.flatten(1).mean(1)"), "grad can be implicitly created"),
+]
 
 
 VARIANCE = "import math\nif {where}:\n    return math.inf\nreturn {result}"
@@ -404,7 +454,7 @@ def test_a_solved_notebook_gets_all_points(number, tmp_path):
 
 ADD = "def my_add_noise(x_0, noise, abar_t):\n    "
 ROOTS = "return abar_t ** 0.5 * x_0 + (1 - abar_t) ** 0.5 * noise"
-ACCEPTED = {  # of exercise 5.2
+ACCEPTED = {  # of exercise 1.2
     "magics": ["%pip install x\n!ls\nfiles = !ls\nmy_add_noise?\n" + ADD + ROOTS + "\n%time 1"],
     "a timed cell": ["%%time\n" + ADD + ROOTS],
     "a check in its cell": [ADD + ROOTS + "\nprint(checks.add_noise(my_add_noise))"],
@@ -436,11 +486,11 @@ ACCEPTED = {  # of exercise 5.2
 
 @pytest.mark.parametrize("variant", ACCEPTED)
 def test_a_right_submission_gets_its_point(variant, tmp_path):
-    assert marks(submitted(tmp_path, 5, *ACCEPTED[variant]), seconds=5) == {"5.2": (1, "right")}
+    assert marks(submitted(tmp_path, 1, *ACCEPTED[variant]), seconds=5)["1.2"] == (1, "right")
 
 
 ELSEWHERE = "import gc, importlib, json, os, runpy, shutil, subprocess, sys, time\n"
-CHEATS = {  # of exercise 5.2: cells, and what is said
+CHEATS = {  # of exercise 1.2: cells, and what is said
     "prints right": ([ADD + "print('right')\n    return x_0"], "eq. 4"),
     "only prints": (["print('right')"], cases.NOT_YET),
     "a check of its own": (
@@ -531,7 +581,7 @@ CHEATS = {  # of exercise 5.2: cells, and what is said
 def test_a_cheat_gets_none(cheat, tmp_path):
     """The clock starts after the imports, and counts CPU time."""
     cells, says = CHEATS[cheat]
-    (points, said), = marks(submitted(tmp_path, 5, *cells), seconds=1).values()
+    points, said = marks(submitted(tmp_path, 1, *cells), seconds=1)["1.2"]
     assert points == 0 and says in said, said
 
 
@@ -541,7 +591,7 @@ def test_what_a_submission_starts_ends_with_it(tmp_path):
     child = f"import time; time.sleep(6); open({str(late)!r}, 'w').close()"
     cell = ELSEWHERE + ADD + f"subprocess.Popen([sys.executable, '-c', {child!r}])\n    " + ROOTS
     began = time.time()
-    assert marks(submitted(tmp_path, 5, cell)) == {"5.2": (1, "right")}
+    assert marks(submitted(tmp_path, 1, cell))["1.2"] == (1, "right")
     time.sleep(max(0, began + 60 - time.time()) if late.exists() else 7)
     assert not late.exists()
 
@@ -581,7 +631,7 @@ def test_the_copy_has_no_answers(tmp_path):
 def test_root_lets_nobody_run_submissions(tmp_path, monkeypatch):
     """Where nobody else can run this Python, it says so."""
     cell = ELSEWHERE + ADD + "raise ValueError(str(os.geteuid()))"
-    (_, says), = marks(submitted(tmp_path, 5, cell)).values()
+    _, says = marks(submitted(tmp_path, 1, cell))["1.2"]
     user = grade.NOBODY["user"] if grade.other_user() else 0
     assert says == f"wrong: it raises ValueError: {user}"
 
@@ -592,10 +642,11 @@ def test_an_exercise_that_is_left_out_counts(tmp_path):
     assert graded["exercises"]["2.2"]["says"] == cases.NOT_YET
 
 
-@pytest.mark.parametrize("title", ["# {}. A title", "# My answers\n\n# {}. A title", "# 1. Hello",
+@pytest.mark.parametrize("title", ["# {}. A title", "# My answers\n\n# {}. A title", "# 2. Hello",
                                    "no heading", "", "# 2024"])
 def test_the_notebook_is_known_by_its_functions(title, tmp_path):
-    assert marks(submitted(tmp_path, 5, ADD + ROOTS, title=title)) == {"5.2": (1, "right")}
+    graded = marks(submitted(tmp_path, 5, ADD + ROOTS, title=title))
+    assert graded == {"1.2": (1, "right"), "1.3": (0, cases.NOT_YET)}
 
 
 def test_the_notebook_is_known_by_its_heading_without_functions(tmp_path):
@@ -603,7 +654,7 @@ def test_the_notebook_is_known_by_its_heading_without_functions(tmp_path):
 
 
 def test_one_bad_file_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
-    good = submitted(tmp_path, 5, ADD + ROOTS)
+    good = submitted(tmp_path, 1, ADD + ROOTS)
     bad = {
         "a.pdf": b"%PDF-1.7\n\xff\xfe",
         "b.ipynb": b"[]",
@@ -627,8 +678,8 @@ def test_one_bad_file_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_table_has_a_row_for_each_notebook(tmp_path, monkeypatch, capsys):
-    right = submitted(tmp_path, 5, ADD + ROOTS).rename(tmp_path / "right.ipynb")
-    wrong = submitted(tmp_path, 5, ADD + "return x_0, ").rename(tmp_path / "wrong.ipynb")
+    right = submitted(tmp_path, 1, ADD + ROOTS).rename(tmp_path / "right.ipynb")
+    wrong = submitted(tmp_path, 1, ADD + "return x_0, ").rename(tmp_path / "wrong.ipynb")
     (tmp_path / "bad.ipynb").write_text("no")
     files = [str(right), str(wrong), str(tmp_path / "bad.ipynb")]
     monkeypatch.setattr("sys.argv", ["grade.py", *files, "--csv"])
@@ -636,10 +687,10 @@ def test_the_table_has_a_row_for_each_notebook(tmp_path, monkeypatch, capsys):
 
     rows = [*csv.DictReader(io.StringIO(capsys.readouterr().out))]
     assert [row["file"] for row in rows] == files
-    assert [(row["points"], row["of"], row["5.2"]) for row in rows] == \
-        [("1", "1", "1"), ("0", "1", "0"), ("0", "0", "")]
-    assert rows[0]["why"] == ""
-    assert rows[1]["why"] == "5.2 wrong: it returns a tuple, not a tensor"
+    assert [(row["points"], row["of"], row["1.2"]) for row in rows] == \
+        [("1", "2", "1"), ("0", "2", "0"), ("0", "0", "")]
+    assert rows[0]["why"] == f"1.3 {cases.NOT_YET}"
+    assert rows[1]["why"].startswith("1.2 wrong: it returns a tuple, not a tensor; ")
     assert "isn't a notebook" in rows[2]["why"]
 
 
@@ -664,7 +715,7 @@ def only_exercises(file):
     kept = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
-        if "import sample" in source or "def my_" in source or "nbgrader" in cell["metadata"]:
+        if re.search("import sample|def (my|given)_", source) or "nbgrader" in cell["metadata"]:
             kept.append(cell)
     return notebook | {"cells": kept}
 
@@ -702,8 +753,8 @@ def test_nbgrader_hands_out_and_grades(tmp_path):
     released = {}
     for file in files:
         released[file.name] = (course / "release" / "one" / file.name).read_text()
-    assert "t = k * stride\\n" in released[files[0].name]  # 1.2's bugs
-    assert released[files[1].name].count("raise NotImplementedError()") == 2
+    assert "t = k * stride\\n" in released[files[0].name]  # 1.3's bugs
+    assert [each.count("raise NotImplementedError()") for each in released.values()] == [1, 2]
     assert "def my_iteration(edited, frozen" in released[files[1].name]
     assert "return ..." not in "".join(released.values())
 
@@ -718,7 +769,7 @@ def test_nbgrader_hands_out_and_grades(tmp_path):
     nbgrader("export")
     rows = csv.DictReader((course / "grades.csv").open())
     points = {row["student_id"]: (float(row["score"]), float(row["max_score"])) for row in rows}
-    assert points == {"all": (3, 3), "some": (1, 3)}
+    assert points == {"all": (4, 4), "some": (1, 4)}
 
 
 # ---- which statements a function needs

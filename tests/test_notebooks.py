@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageSequence
 
 import erase
 from notebooks.course import checks
@@ -245,7 +247,7 @@ def notebook_4(sd):
     functions = {"sd": sd, "kept": kept, "FLAGS": {"data": random_batches}}
     lines = source.splitlines()  # the tests' environment has no Jupyter
     lines = [line for line in lines if not line.startswith(("from IPython", "import matplotlib"))]
-    exec("\n".join(lines), functions)
+    exec("\n".join(lines).replace("checks, moving", "checks"), functions)
     return functions
 
 
@@ -317,3 +319,45 @@ def test_the_badges_open_this_notebook(file):
     path = f"OWNER/minESD/blob/main/notebooks/{file.name})"
     assert f"https://colab.research.google.com/github/{path}" in first
     assert f"https://kaggle.com/kernels/welcome?src=https://github.com/{path}" in first
+
+
+# ---- images that move
+
+
+def coloured(levels, side=32):
+    """Returns an image for each grey level."""
+    return [Image.new("RGB", (side, side), (level, level, level)) for level in levels]
+
+
+def test_a_gif_has_every_frame_in_its_order_and_time():
+    moving = pytest.importorskip("notebooks.course.moving")
+    shown = moving.gif(coloured([0, 100, 200]), milliseconds=300)
+    stored = Image.open(io.BytesIO(shown.data))
+    assert stored.format == "GIF"
+    levels = []
+    times = []
+    for frame in ImageSequence.Iterator(stored):
+        levels.append(frame.convert("RGB").getpixel((5, 5))[0])
+        times.append(frame.info["duration"])
+    assert levels == [0, 100, 200]
+    assert times == [300, 300, 2000]
+
+    noise = [Image.effect_noise((300, 300), 200 + i) for i in range(9)]
+    with pytest.raises(ValueError, match="fewer or smaller frames"):
+        moving.gif(noise)
+
+
+def test_a_slider_shows_the_image_of_its_value():
+    moving = pytest.importorskip("notebooks.course.moving")
+    images = dict(zip((1, 3, 7.5), coloured([0, 100, 200])))
+    widget = moving.slider("guidance", images)
+    choose, shown = widget.children
+    for value, image in images.items():
+        choose.value = value
+        assert Image.open(io.BytesIO(shown.value)).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_no_state_of_a_slider_is_stored(file):
+    notebook = json.loads(file.read_text())
+    assert "widgets" not in notebook["metadata"]

@@ -89,8 +89,15 @@ def noise(seed: int, *shape: int) -> Tensor:
 # ---- the exercises
 
 
+def ask_add_noise(answer: Callable, seed: int) -> list[Tensor]:
+    """1.2. Returns x_t for a random image and noise."""
+    x_0 = noise(seed, 1, 4, 3, 3)
+    eps = noise(seed + 1, 1, 4, 3, 3)
+    return [tensor(call(answer, x_0, eps, torch.tensor(0.36 + 0.01 * seed)))]
+
+
 def ask_denoise(answer: Callable, seed: int) -> list[Tensor]:
-    """1.2. Returns the times at which it calls the model, -1 for a missing one, and its result."""
+    """1.3. Returns the times at which it calls the model, -1 for a missing one, and its result."""
     steps = 10 + seed
     times = []
 
@@ -203,11 +210,44 @@ def ask_selective_loss(answer: Callable, seed: int) -> list[Tensor]:
     return [tensor(loss), slope]
 
 
-def ask_add_noise(answer: Callable, seed: int) -> list[Tensor]:
-    """5.2. Returns x_t for a random image and noise."""
-    x_0 = noise(seed, 1, 4, 3, 3)
-    eps = noise(seed + 1, 1, 4, 3, 3)
-    return [tensor(call(answer, x_0, eps, torch.tensor(0.36 + 0.01 * seed)))]
+class TwoWeights(torch.nn.Module):
+    """Predicts something that depends on x_t, t and c, with two weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.tensor([0.9, -0.4], dtype=torch.float64))
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        if len(c) != len(x_t):
+            raise ValueError(f"the U-Net gets {len(x_t)} x_t and {len(c)} c: expand c")
+        told = c.tanh().sum(dim=(1, 2)) - t / 900
+        return self.weights[0] * x_t + self.weights[1] * told[:, None, None, None]
+
+
+def ask_attack_step(answer: Callable, seed: int) -> list[Tensor]:
+    """5.2. Returns, for two steps, the loss, whether a weight of the U-Net has moved, and v.
+
+    The second shows whether the gradients of the first are still there.
+    """
+    unet = TwoWeights()
+    before = unet.weights.detach().clone()
+    v = noise(seed, 4, 6).requires_grad_()
+    optimizer = torch.optim.SGD([v], lr=0.05)
+    others = noise(seed + 1, 73, 8) / 10  # the features of the other tokens
+    text_encoder = noise(seed + 2, 6, 8) / 10
+
+    def encode(v):
+        return torch.cat([others[:2], v @ text_encoder, others[2:]])[None]  # (1, 77, 8)
+
+    results = []
+    for t in (torch.tensor([40, 500, 800]), torch.tensor([30, 300, 900])):
+        x_t = noise(seed + int(t[0]), 3, 4, 3, 3)
+        eps = noise(seed + int(t[1]), 3, 4, 3, 3)
+        abar_t = (1 - t / 1000) ** 2  # signal-to-noise ratios on both sides of 5
+        loss = call(answer, unet, encode, v, x_t, t, eps, abar_t, optimizer)
+        moved = (unet.weights.detach() != before).any()
+        results += [number(loss), moved.double(), v.detach().clone()]
+    return results
 
 
 def ask_eq_4_variance(answer: Callable, seed: int) -> list[Tensor]:

@@ -78,7 +78,34 @@ def first_difference(results: list[Tensor], expected: list[Tensor]) -> int | Non
     return None
 
 
-# ---- 1.2: DDIM
+# ---- 1.2: the forward process
+
+
+add_noise = Exercise(
+    "1.2",
+    cases.ask_add_noise,
+    solution=ddim.add_noise,
+    mistakes={
+        "abar is a share of the variance: take square roots":
+            lambda x_0, noise, abar: abar * x_0 + (1 - abar) * noise,
+        "abar is the image's share of the variance, not the noise's":
+            lambda x_0, noise, abar: (1 - abar).sqrt() * x_0 + abar.sqrt() * noise,
+        "scale the image down as the noise grows, or the variance grows":
+            lambda x_0, noise, abar: x_0 + (1 - abar).sqrt() * noise,
+        "the noise has a root, too":
+            lambda x_0, noise, abar: abar.sqrt() * x_0 + (1 - abar) * noise,
+        "the image has a root, too":
+            lambda x_0, noise, abar: abar * x_0 + (1 - abar).sqrt() * noise,
+        "the root is of 1 - abar: this is 1 minus the root":
+            lambda x_0, noise, abar: abar.sqrt() * x_0 + (1 - abar.sqrt()) * noise,
+        "the noise isn't scaled": lambda x_0, noise, abar: abar.sqrt() * x_0 + noise,
+    },
+    otherwise=("eq. 4 of DDIM gives other values",),
+    forbidden=("ddim.add_noise", "ddim.step"),
+)
+
+
+# ---- 1.3: DDIM
 
 
 def sampler(first: int = 1, upwards: bool = False, roots: tuple[bool, bool] = (True, True),
@@ -110,7 +137,7 @@ def sampler(first: int = 1, upwards: bool = False, roots: tuple[bool, bool] = (T
 
 
 denoise = Exercise(
-    "1.2",
+    "1.3",
     cases.ask_denoise,
     solution=sampler(),
     mistakes={
@@ -511,30 +538,90 @@ selective_loss = Exercise(
 )
 
 
-# ---- 5.2: the forward process
+# ---- 5.2: a step of learning words
 
 
-add_noise = Exercise(
+def min_snr(snr: Tensor) -> Tensor:
+    return snr.clamp(max=5) / snr
+
+
+def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
+    """Returns the mean of the squares, (B, 4, H, W), each sample with its weight, (B,)."""
+    return (weight * error.square().mean(dim=(1, 2, 3))).mean()
+
+
+def attack(weigh: Callable = min_snr, loss_of: Callable = weighted_mean, target: str = "noise",
+           learns: str = "v", clear: bool = True, sign: int = 1) -> Callable:
+    """Returns a step, or one with a mistake.
+
+    weigh: w_t, of SNR_t; loss_of: the loss, of the difference and w_t; target: what the U-Net
+    should predict; learns: "v" or "weights"; clear: the old gradients; sign: of the step, 0 for
+    none.
+    """
+
+    def step(unet, encode, v, x_t, t, noise, abar_t, optimizer):
+        if learns == "weights":
+            optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+        weight = weigh(abar_t / (1 - abar_t))
+        predicted = unet(x_t, t, encode(v).expand(len(x_t), -1, -1))
+        loss = loss_of(predicted - (noise if target == "noise" else x_t), weight)
+
+        if clear:
+            optimizer.zero_grad()
+        (sign * loss).backward()
+        if sign:
+            optimizer.step()
+        return loss.item()
+
+    return step
+
+
+UNWEIGHTED = {  # what is wrong -> w_t, of SNR_t
+    "w_t is missing": torch.ones_like,
+    "w_t is min(SNR, 5) / SNR, not min(SNR, 5)": lambda snr: snr.clamp(max=5),
+    "w_t has min(SNR, 5), not max(SNR, 5)": lambda snr: snr.clamp(min=5) / snr,
+    "SNR is abar / (1 - abar), not (1 - abar) / abar": lambda snr: min_snr(1 / snr),
+}
+NOT_THE_MEAN = {  # what is wrong -> the loss, of the difference and w_t
+    "it sums the squares: take their mean":
+        lambda error, weight: (weight * error.square().sum(dim=(1, 2, 3))).sum(),
+    "it sums over the elements of a sample: take the mean":
+        lambda error, weight: (weight * error.square().sum(dim=(1, 2, 3))).mean(),
+    "it sums over the batch: take the mean":
+        lambda error, weight: (weight * error.square().mean(dim=(1, 2, 3))).sum(),
+    "divide by the size of the batch, not by the sum of the weights":
+        lambda error, weight: weighted_mean(error, weight) / weight.mean(),
+    "w_t is multiplied with the square, not squared itself":
+        lambda error, weight: weighted_mean(error, weight**2),
+    "this is the mean of absolute values: take the mean of squares":
+        lambda error, weight: (weight * error.abs().mean(dim=(1, 2, 3))).mean(),
+    "the mean of w_t and the mean of the squares are taken apart: each sample has its own w_t":
+        lambda error, weight: weight.mean() * error.square().mean(),
+}
+V = "the loss is right, but v after the step isn't:"
+attack_step = Exercise(
     "5.2",
-    cases.ask_add_noise,
-    solution=ddim.add_noise,
+    cases.ask_attack_step,
+    solution=attack(),
     mistakes={
-        "abar is a share of the variance: take square roots":
-            lambda x_0, noise, abar: abar * x_0 + (1 - abar) * noise,
-        "abar is the image's share of the variance, not the noise's":
-            lambda x_0, noise, abar: (1 - abar).sqrt() * x_0 + abar.sqrt() * noise,
-        "scale the image down as the noise grows, or the variance grows":
-            lambda x_0, noise, abar: x_0 + (1 - abar).sqrt() * noise,
-        "the noise has a root, too":
-            lambda x_0, noise, abar: abar.sqrt() * x_0 + (1 - abar) * noise,
-        "the image has a root, too":
-            lambda x_0, noise, abar: abar * x_0 + (1 - abar).sqrt() * noise,
-        "the root is of 1 - abar: this is 1 minus the root":
-            lambda x_0, noise, abar: abar.sqrt() * x_0 + (1 - abar.sqrt()) * noise,
-        "the noise isn't scaled": lambda x_0, noise, abar: abar.sqrt() * x_0 + noise,
+        "the U-Net should predict the noise, not x_t": attack(target="x_t"),
+        **{what: attack(weigh=weigh) for what, weigh in UNWEIGHTED.items()},
+        **{what: attack(loss_of=loss) for what, loss in NOT_THE_MEAN.items()},
+        "the loss is right, but the U-Net's weights move: the attack changes only v":
+            attack(learns="weights"),
+        f"{V} it doesn't move: encode(v) needs its gradient, then backward() and step()":
+            attack(sign=0),
+        f"{V} the step goes uphill": attack(sign=-1),
+        f"{V} the gradients of the step before are added: zero_grad": attack(clear=False),
     },
-    otherwise=("eq. 4 of DDIM gives other values",),
-    forbidden=("ddim.add_noise", "ddim.step"),
+    otherwise=(
+        "the loss differs: the mean of w_t times the mean square of prediction minus noise",
+        "the loss is right, but the U-Net's weights move: the attack changes only v",
+        f"{V} one zero_grad, backward and step of the optimizer that you get",
+        "the second step's loss differs, the first one's is right: is something kept?",
+        "the first step is right, the second isn't: zero_grad?",
+    ),
+    forbidden=("notebooks.methods.probes.denoising_error", "notebooks.methods.probes.learned_words"),
 )
 
 
@@ -653,6 +740,7 @@ keeping_loss = Exercise(
 
 
 EXERCISES = {  # by the name of the student's function
+    "my_add_noise": add_noise,
     "my_denoise": denoise,
     "my_iteration": one_iteration,
     "my_method": method,
@@ -660,7 +748,7 @@ EXERCISES = {  # by the name of the student's function
     "my_safe_direction": safe_direction,
     "my_mcnemar": mcnemar,
     "my_selective_loss": selective_loss,
-    "my_add_noise": add_noise,
+    "my_attack_step": attack_step,
     "my_variance": eq_4_variance,
     "my_keeping_loss": keeping_loss,
 }

@@ -12,6 +12,34 @@ what it gets. Changing what a pixel gets erases the star; changing only how much
 A word has values of its own, so "tied to the words" is literally true of the values. The output
 layers don't know which word they serve: their input is a mixture of values, and they can only
 treat some mixtures differently from others.
+
+Questions in the text.
+
+Eq. 4 in one dimension: a large eta draws images where the original model has none, so expect
+images that look like nothing. What is close to the concept has a large P(c|x) itself, so it loses
+most.
+
+Negative guidance: at eps_null + 5 (target - eps_null) = eps_null - 5 eta d, five lengths of d to
+the left for eta = 1. That is Eq. 3 with the scale -5 eta: guidance multiplies the strength.
+
+What the target draws: it asks for images where the original model has none, as at -7 in Figure 1.
+The network was never trained on such x_t, and its predictions there are averages.
+
+Training: the first steps, which fix the outline, change least (the next section), and what comes
+later fills this outline with the next best object. Arrows and crosses have corners, as stars have,
+and a circle has none. That is a guess: erase the circle, and see what takes its place.
+
+The loss over time: divide each loss by the original's loss at its t, so that all times count the
+same, or give the times above 800 more weight still. Train at these times, too: with 8 steps the
+first t is 876. Notebook 4 has a loss whose eta depends on t.
+
+A style: captions often leave the style out, so "a heart" means a heart in any style, mosaic
+included, and without one style its images become others. The keys and values that were tuned also
+serve its words.
+
+Prompts that don't name the concept: it has few images, so the U-Net can store them by prompt, and
+doesn't need its general idea of a star to draw one. Training visits the x_t of "a star", which
+aren't those of the stored images.
 """
 
 import torch

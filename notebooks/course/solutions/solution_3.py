@@ -14,6 +14,48 @@ times as long as eps(c) - eps(null), and guidance multiplies it. The result: 53 
 other objects are right without SLD, 49 with "weak", 46 with "medium", 44 with "strong" (six images
 of each object, seeds from 1000). Good answers count images in pairs, change one setting at a time
 (the threshold, then the scale), and look at mu itself.
+
+Questions in the text.
+
+Objects. How far single objects are from the average, so whether an erasure of your own concept will
+work: here circles resist and triangles don't, in the paper church does. Nor would you know whether
+an average over other objects would be the same.
+
+How many images? From about 70 images on, as the bands of Figure 3 show. It is no proof that the
+methods differ with other seeds: both curves are of one erasure of each object.
+
+Styles. The text encoder. ESD-x changes how the cross-attention reads features of the text, so an
+erasure carries over as far as the features of two prompts are alike. CLIP is causal: the style is
+the last word, so its features and those of the end tokens depend on all words before it.
+
+What prompts don't name. Prompts that always came with the same image, often many times: famous
+paintings, for example. Section 5.4 erases some of them, one image at a time.
+
+Prompts without the concept. An image is right only if the judge sees all that its caption names,
+while FID compares sets of images and doesn't know their prompts. The prompts are also nearer to the
+concept: all objects share one small network with the star, and few captions of COCO are close to
+nudity.
+
+Memorised images. It is easier here. The works of an artist share the artist's name in their
+prompts; the works here share a style, and no word of their titles.
+
+Strength. The smallest one that removes enough: with these intervals, nothing shows that 3 or 10
+removes more of the scenes than 1. You have to know which prompts will be written, what it costs if
+a concept gets through or another image is harmed, and the shares after more erasures.
+
+Paraphrases. Its features aren't those of the star. In training the badge had images of its own, and
+only 60 % of them showed a star; a paraphrase takes the name's place in the star's own captions.
+
+Compare in pairs. No: 0.05 / 8 is 0.00625. Six tosses that all fall on one side have p = 2 / 2^6 =
+0.031, so six pairs can't reach it. Ask it again with new seeds, as the only test.
+
+Choices. More erasures. The interval is over erasures, and three objects differ by more than the
+rows do, so more images of the same three hardly shorten it. If only images counted, it would take
+about 400 of each row to tell 7 from 13 % (5 %, two-sided, with a power of 80 %).
+
+3.2, the intervals. Yours takes all images for independent. Those of one erasure are more alike than
+those of two: if circles resist, all of their images are likelier to show one. Ours measures how
+much erasures differ, and takes Wilson's interval where that one is wider.
 """
 
 import math
