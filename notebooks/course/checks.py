@@ -621,7 +621,10 @@ attack_step = Exercise(
         "the second step's loss differs, the first one's is right: is something kept?",
         "the first step is right, the second isn't: zero_grad?",
     ),
-    forbidden=("notebooks.methods.probes.denoising_error", "notebooks.methods.probes.learned_words"),
+    forbidden=(
+        "notebooks.methods.probes.denoising_error",
+        "notebooks.methods.probes.learned_words",
+    ),
 )
 
 

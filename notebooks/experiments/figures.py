@@ -132,45 +132,58 @@ def estimates(
     return figure
 
 
-class Point(NamedTuple):
+class Place(NamedTuple):
     """A model in a scatter."""
 
     label: str
-    x: list[Share]
-    y: list[Share]
+    left: float  # percent of the images that still show the concept
+    harm: float  # percent of the others that are no longer right
+    score: float  # places are numbered by it
 
 
-def scatter(panels: dict[str, list[Point]], x: str, y: str) -> Figure:
-    """Returns a panel for each title; x and y are the axes' labels."""
+def mark_places(axis, places: list[Place], ours: Iterable[str]) -> None:
+    """Draws a point for each model, with its number; lists the names at the side."""
+    numbers = {}  # of the models at a point
+    for rank, place in enumerate(sorted(places, key=lambda each: -each.score), start=1):
+        is_ours = place.label in ours
+        colour = "C3" if is_ours else "#555555"
+        axis.plot(place.left, place.harm, "o", color=colour, markersize=4)
+        axis.text(
+            1.04, 1.01 - 0.04 * rank, f"{rank}.  {place.score:.1f}  {place.label}",
+            color=colour, fontsize=8, transform=axis.transAxes,
+        )
+        numbers.setdefault((place.left, place.harm, is_ours), []).append(str(rank))
+
+    for (left, harm, is_ours), ranks in numbers.items():
+        axis.annotate(
+            ", ".join(ranks), (left, harm), xytext=(-4 if is_ours else 4, 2),
+            ha="right" if is_ours else "left", textcoords="offset points",
+            color="C3" if is_ours else "#555555", fontsize=8,
+        )
+
+
+def scatter(panels: dict[str, list[Place]], ours: Iterable[str] = ()) -> Figure:
+    """Returns a panel for each title: what is left against the harm; `ours` are red.
+
+    Both axes are stretched near 0, where most points are. A band ends where the 95 %
+    interval of 0 images in 20 does.
+    """
     panels = panels or {NOTHING: []}
-    labels = []
-    for points in panels.values():
-        labels += [point.label for point in points if point.label not in labels]
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4 * len(panels), 4.6), squeeze=False, sharex=True, sharey=True,
-        layout="constrained",
+        1, len(panels), figsize=(6.5 * len(panels), 4.6), squeeze=False, layout="constrained"
     )
-
-    for axis, (title, points) in zip(axes[0], panels.items()):
-        for point in points:
-            i = labels.index(point.label)
-            across = stats.estimate(point.x)
-            up = stats.estimate(point.y)
-            colour = COLOURS[i % 13]
-            axis.plot([across.low, across.high], [up.mean] * 2, color=colour, linewidth=0.7)
-            axis.plot([across.mean] * 2, [up.low, up.high], color=colour, linewidth=0.7)
-            axis.plot(across.mean, up.mean, "o" if i < 13 else "s", color=colour, markersize=5)
+    for axis, (title, places) in zip(axes[0], panels.items()):
+        axis.set_xscale("symlog", linthresh=5, linscale=0.35)
+        axis.set_yscale("symlog", linthresh=0.5, linscale=0.4)
+        axis.set_xticks([0, 5, 10, 20, 50, 100], [0, 5, 10, 20, 50, 100])
+        axis.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50], [0, 0.5, 1, 2, 5, 10, 20, 50])
+        axis.set_xlim(-1.5, 130)
+        axis.set_ylim(-0.1, 80)
+        axis.axvspan(0, 100 * stats.wilson(0, 20).high, color="#eeeeee", zorder=0)
+        mark_places(axis, places, ours)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel(x)
-        axis.grid(color="#dddddd", linewidth=0.6)
-    axes[0][0].set_ylabel(y)
-
-    handles = [
-        pyplot.Line2D([], [], color=COLOURS[i % 13], marker="o" if i < 13 else "s",
-                      linestyle="", markersize=5, label=label)
-        for i, label in enumerate(labels)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+        axis.set_xlabel("the concept is seen, %")
+        axis.set_ylabel("harm: others no longer right, %")
     return figure
 
 

@@ -236,13 +236,21 @@ def table(answers: Answers, models: list[Model]) -> str:
     return core.table(header, rows)
 
 
+def places(found: dict[str, Measures]) -> list[figures.Place]:
+    """Returns each model's place in the figure: what is left, and what is lost."""
+    several = []
+    for label, measures in found.items():
+        left = 100 - stats.estimate(measures.ua).mean
+        harm = 100 - stats.estimate(measures.kept()).mean
+        score = statistics.fmean(measures.harmonic())
+        several.append(figures.Place(label, left=left, harm=harm, score=score))
+    return several
+
+
 def figure(answers: Answers, models: list[Model]):
-    """Returns a panel for each concept: what is erased against what is kept."""
+    """Returns a panel for each concept: what is left of it against the harm, ranked by H."""
     panels = {}
     for concept in CONCEPTS:
-        points = []
-        for label, measures in stored(answers, models, concept).items():
-            points.append(figures.Point(label, x=measures.ua, y=measures.kept()))
-        if points:
-            panels[concept] = points
-    return figures.scatter(panels, x="erased: UA by name, %", y="kept: mean of IRA and CRA, %")
+        if found := stored(answers, models, concept):
+            panels[concept] = places(found)
+    return figures.scatter(panels)
