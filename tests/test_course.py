@@ -49,7 +49,7 @@ def test_each_stored_figure_is_a_slide(tmp_path):
         numbers += re.findall(r"\A# Figure (\d+):", "".join(cell["source"]))
     assert len(numbers) >= 9
     names = {file.name for file in out.iterdir()}
-    assert names == {f"1_stable_diffusion_figure_{number}.png" for number in numbers}
+    assert names == {f"1_stable_diffusion_figure_{int(number):02d}.png" for number in numbers}
     assert {Image.open(file).size for file in out.iterdir()} == {(1920, 1080)}
 
 
@@ -60,7 +60,7 @@ def test_a_slide_has_its_title_and_the_cells_last_image(tmp_path):
         ("# Moving: no figure", [RED]),
     )
     name, page = next(slides.slides_of(file))
-    assert name == "own_figure_2"
+    assert name == "own_figure_02"
     assert page.getpixel((960, 600)) == (0, 0, 255)
     assert page.crop((0, 0, 1920, 100)).getextrema()[0][0] < 50  # the title's letters
     assert page.getpixel((5, 5)) == (255, 255, 255)

@@ -24,7 +24,6 @@ from sample import UsageError
 from unet import UNet
 
 
-
 def drawn_by(data, steps=4, **settings):
     """`data` with its number of steps bound, as the command line binds it."""
     return functools.partial(data, steps=steps, **settings)
@@ -425,6 +424,7 @@ def test_the_scale_changes_no_bit_in_float32(sd, monkeypatch):
     assert len(plain) == 80 and all(torch.equal(plain[name], scaled[name]) for name in plain)
 
 
+@pytest.mark.robustness  # seconds, where there is no bfloat16
 def test_under_autocast_each_step_is_seen_by_the_next(sd, monkeypatch):
     """On one x_t, the loss changes. With autocast's cast of the first theta, it would stay."""
     def one_x_t(unet, texts, shape, rng):
@@ -502,10 +502,11 @@ def test_the_optimizer_gets_names_and_gradients_that_are_not_scaled(sd):
         given.update(pairs)
         return torch.optim.SGD(pairs, lr)
 
-    settings = {"lr": 0.5, "iterations": 1, "data": drawn_by(erase.x_t_from_model)}
+    # the gradient is small: with a smaller rate, a step is as small as a weight's rounding
+    settings = {"lr": 50, "iterations": 1, "data": drawn_by(erase.x_t_from_model)}
     theta = erase.erase(sd, ["star"], optimizer=optimizer, **settings)
     assert given.keys() == theta.keys()
-    expected = by_hand(sd, "star", iterations=1, steps=4, lr=0.5, seed=0, optimizer=torch.optim.SGD)
+    expected = by_hand(sd, "star", iterations=1, steps=4, lr=50, seed=0, optimizer=torch.optim.SGD)
     start = dict(sd.unet.named_parameters())
     for name in theta:
         moved = (expected[name] - start[name]).norm()

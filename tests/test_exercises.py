@@ -585,11 +585,15 @@ def test_a_cheat_gets_none(cheat, tmp_path):
     assert points == 0 and says in said, said
 
 
-def test_what_a_submission_starts_ends_with_it(tmp_path):
+@pytest.mark.parametrize("new_session", [False, True])
+def test_what_a_submission_starts_ends_with_it(tmp_path, new_session):
     """Even though it returns at once; its child would otherwise write a file later."""
+    if new_session and not Path("/proc/self/task").exists():
+        pytest.skip("only Linux lets the grader find it")
     late = tmp_path / "late"
     child = f"import time; time.sleep(6); open({str(late)!r}, 'w').close()"
-    cell = ELSEWHERE + ADD + f"subprocess.Popen([sys.executable, '-c', {child!r}])\n    " + ROOTS
+    start = f"subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session={new_session})"
+    cell = ELSEWHERE + ADD + f"{start}\n    " + ROOTS
     began = time.time()
     assert marks(submitted(tmp_path, 1, cell))["1.2"] == (1, "right")
     time.sleep(max(0, began + 60 - time.time()) if late.exists() else 7)
@@ -610,6 +614,25 @@ def test_a_submission_that_deletes_its_folder_harms_nobody(tmp_path):
     graded = marks(file)
     assert graded["2.2"][0] == 0 and graded["2.3"] == (1, "right")
     assert (NOTEBOOKS / "course" / "checks.py").exists()
+
+
+def test_a_submission_that_deletes_the_project_takes_nothing_from_the_next(
+    tmp_path, monkeypatch
+):
+    project = tmp_path / "project"
+    left_out = shutil.ignore_patterns("*.ipynb", "*.png", "results", "__pycache__")
+    shutil.copytree(NOTEBOOKS, project / "notebooks", ignore=left_out)
+    for file in NOTEBOOKS.parent.glob("*.py"):
+        shutil.copy(file, project)
+    monkeypatch.setattr(grade, "ROOT", project)
+    grade.project_files.cache_clear()
+    try:
+        grade.project_files()
+        wreck = ELSEWHERE + ADD + f"shutil.rmtree({str(project)!r}, True)\n    " + ROOTS
+        assert marks(submitted(tmp_path, 1, wreck))["1.2"] == (1, "right")
+        assert marks(submitted(tmp_path, 1, ELSEWHERE + ADD + ROOTS))["1.2"] == (1, "right")
+    finally:
+        grade.project_files.cache_clear()
 
 
 def test_the_copy_has_no_answers(tmp_path):

@@ -5,14 +5,13 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Generator
 
 import ddim
 import erase
-from notebooks.experiments import core, cost, guidance, methods, models, robust, stats
+from notebooks.experiments import core, cost, guidance, methods, models, robust
 from notebooks.experiments.core import Answers, Model, Share
 from notebooks.methods import esd
 from notebooks.toy import judge as judging

@@ -1,6 +1,7 @@
 """notebooks/toy: the world, its tokenizer, resuming a training, the judge, the shipped model."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -235,12 +236,13 @@ def test_unknown_stages_and_names_are_refused(tmp_path, capsys, arguments, messa
 
 def test_the_command_runs_the_stages_that_are_named(tmp_path, capsys):
     commands.run(train.main, "tokenizer", "--run", tmp_path)
-    assert "tokenizer: 0 s" in capsys.readouterr().out
+    assert re.search(r"tokenizer: \d s", capsys.readouterr().out)
     folder = tmp_path / "model"
     assert {path.name for path in folder.iterdir()} >= {"tokenizer", "model_index.json"}
     assert not (folder / "vae").exists()
 
 
+@pytest.mark.robustness  # seconds, where there is no bfloat16
 def test_all_stages_run_and_give_a_model_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "EXAMPLES", 32)
     images, captions = train.training_set.__wrapped__(seed=0, without=())  # past its cache

@@ -15,10 +15,10 @@ import argparse
 import ast
 import contextlib
 import csv
+import ctypes
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -53,17 +53,30 @@ def take_away(folder: Path, forbidden: str) -> None:
             file.write_text(source.replace(function, TAKEN.format(name=name)))
 
 
-def copy_project(folder: Path, forbidden: tuple[str, ...]) -> None:
-    """Copies what a submission may use: no solutions, no checks, no function that is the answer."""
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
-    left_out = shutil.ignore_patterns("course", "results", "*.ipynb", "*.png", "__pycache__", ".*")
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=left_out)
+@functools.cache
+def project_files() -> dict[str, bytes]:
+    """Returns what a submission may use, by path: no solutions, no checks.
 
-    course = folder / "notebooks" / "course"
-    course.mkdir()
-    for name in ("cases.py", "answer.py"):
-        shutil.copy(ROOT / "notebooks" / "course" / name, course)
+    It is read once: a submission that deletes the project takes nothing from the others.
+    """
+    course = ROOT / "notebooks" / "course"
+    files = [*ROOT.glob("*.py"), course / "cases.py", course / "answer.py"]
+    for file in sorted((ROOT / "notebooks").rglob("*")):
+        parts = file.relative_to(ROOT).parts
+        left_out = {"course", "results", "__pycache__"}.intersection(parts)
+        is_hidden = any(part.startswith(".") for part in parts)
+        if file.is_file() and not left_out and not is_hidden:
+            if file.suffix not in (".ipynb", ".png"):
+                files.append(file)
+    return {str(file.relative_to(ROOT)): file.read_bytes() for file in files}
+
+
+def copy_project(folder: Path, forbidden: tuple[str, ...]) -> None:
+    """Writes what a submission may use, without the functions that are the answer."""
+    for name, content in project_files().items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
     for function in forbidden:
         take_away(folder, function)
 
@@ -81,14 +94,44 @@ def other_user() -> dict:
         if subprocess.run(command, cwd="/", capture_output=True, **NOBODY).returncode == 0:
             return NOBODY
 
-    print("submissions run as root, since nobody else can run this Python", file=sys.stderr)
+    print(
+        "submissions run as root, since nobody else can run this Python: they can delete "
+        "anything; use a container", file=sys.stderr,
+    )
     return {}
+
+
+def children() -> set[int]:
+    """Returns this process's children, on Linux."""
+    found = set()
+    for file in Path("/proc/self/task").glob("*/children"):
+        found.update(map(int, file.read_text().split()))
+    return found
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of what its children leave behind, on Linux."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def kill_all_but(kept: set[int]) -> None:
+    """Ends all children but some; what these leave behind becomes a child, and ends, too."""
+    while new := children() - kept:
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def ask(folder: Path, question: dict, seconds: int) -> dict:
     """Returns the answer of a process that runs in a folder: {"results": ...} or {"why": ...}."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)  # it could lead to the solutions
+    adopt_orphans()
+    user = other_user()
+    others = children()
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "notebooks.course.answer", str(out.fileno())],
@@ -99,7 +142,7 @@ def ask(folder: Path, question: dict, seconds: int) -> dict:
             stderr=subprocess.DEVNULL,
             pass_fds=[out.fileno()],
             start_new_session=True,
-            **other_user(),
+            **user,
         )
         try:
             process.communicate(json.dumps(question).encode(), timeout=60 + seconds)
@@ -109,6 +152,7 @@ def ask(folder: Path, question: dict, seconds: int) -> dict:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
             process.wait()
+            kill_all_but(others)  # also in a session of its own
 
         if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
             return {"why": f"wrong: it takes more than {seconds} seconds"}
@@ -178,15 +222,28 @@ def chapter_of(number: str, cells: list[str]) -> str:
     return max(found, key=found.count, default=number)
 
 
-def grade(file: Path, seconds: int = 20) -> dict:
-    """Returns the points for a notebook's exercises; for another file, none and an error."""
-    graded = {"file": str(file), "points": 0, "of": 0, "exercises": {}}
+def read(file: Path) -> submission.Submission | UsageError:
+    """Returns a notebook's code, or what is wrong with the file."""
     try:
-        number, cells = submission.read(file)
-        chapter = chapter_of(number, cells)
+        return submission.read(file)
     except UsageError as error:
-        return graded | {"error": str(error)}
+        return error
 
+
+def grade(
+    file: Path, seconds: int = 20, content: submission.Submission | UsageError | None = None
+) -> dict:
+    """Returns the points for a notebook's exercises; for another file, none and an error.
+
+    content: what `read` has returned for it, if it was read before.
+    """
+    graded = {"file": str(file), "points": 0, "of": 0, "exercises": {}}
+    content = content or read(file)
+    if isinstance(content, UsageError):
+        return graded | {"error": str(content)}
+
+    number, cells = content
+    chapter = chapter_of(number, cells)
     for name, exercise in checks.EXERCISES.items():
         if exercise.number[0] == chapter:
             says = grade_one(cells, name, seconds)
@@ -248,7 +305,11 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    graded = [grade(file) for file in args.submissions]
+    project_files()  # all is read before the first submission runs
+    contents = [read(file) for file in args.submissions]
+    graded = []
+    for file, content in zip(args.submissions, contents):
+        graded.append(grade(file, content=content))
     if args.csv:
         print_csv(graded)
     else:

@@ -4,7 +4,7 @@
     python -m notebooks.course.slides notebooks/2_erasing.ipynb --out runs/slides
 
 A figure is the last image of a cell that starts with "# Figure N: ..."; the comment is its title.
-Figure 3 of 2_erasing.ipynb becomes 2_erasing_figure_3.png. No notebook is run.
+Figure 3 of 2_erasing.ipynb becomes 2_erasing_figure_03.png. No notebook is run.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def slides_of(file: Path) -> Iterator[tuple[str, Image.Image]]:
                 if not pngs:
                     raise ValueError(f"Figure {found[1]} has no image: run it, and save it")
                 image = sample.to_rgb(Image.open(io.BytesIO(base64.b64decode(pngs[-1]))))
-                yield f"{file.stem}_figure_{found[1]}", slide(found[0], image)
+                yield f"{file.stem}_figure_{int(found[1]):02d}", slide(found[0], image)
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise sample.UsageError(f"can't use {file}: {sample.one_line(error)}") from error
 

@@ -9,7 +9,7 @@ the unedited model is 0, and so is its gradient: nothing is learned.
 (50 images of 10 steps, with the notebook's settings; with a learning rate of 1e-3 the queries leave
 14 %). Queries and keys decide how much of each word a pixel gets, values and output layers decide
 what it gets. Changing what a pixel gets erases the star; changing only how much works slowly.
-A word has values of its own, so "tied to the words" is literally true of the values. The output
+A word has values of its own, so the values do depend on the words. The output
 layers don't know which word they serve: their input is a mixture of values, and they can only
 treat some mixtures differently from others.
 

@@ -6,7 +6,8 @@ that make the U-Net draw a star, and the U-Net's other weights still know what a
 After censored training there is no such knowledge: the attack can only combine what the model
 knows about other objects.
 
-5.3. Measured with seed 0, 20 images by name and by learned words, 54 of the other objects:
+5.3. Measured with seed 0, 20 images by name and by learned words, 54 of the other objects. On the
+machine of the notebook's outputs ESD-x left 0 and 11 of 20: other rounding is enough for that.
 
     ESD-x            by name 1, learned words 14 of 20, others right 53 of 54
       eta 3                  0                15                     52
