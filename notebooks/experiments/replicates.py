@@ -1,6 +1,6 @@
 """Trains the U-Nets that erased models are compared with: never a concept, and the original again.
 
-    python -m notebooks.experiments.replicates --list                  # names, and what is there
+    python -m notebooks.experiments.replicates --list                  # names; which are trained
     python -m notebooks.experiments.replicates star_0 star_1 again_1   # these, one after the other
     python -m notebooks.experiments.replicates                         # all that are missing
 
