@@ -53,7 +53,7 @@ def answers_of(*answered: tuple[core.Cell, dict]) -> Answers:
 class Gaussian(torch.nn.Module):
     """Predicts the exact eps for latents that are N(mean, spread^2 I)."""
 
-    def __init__(self, mean: float, spread: float):
+    def __init__(self, mean: float | torch.Tensor, spread: float):
         super().__init__()
         self.mean = mean
         self.spread = spread
@@ -66,7 +66,7 @@ class Gaussian(torch.nn.Module):
         return (1 - abar).sqrt() * (x_t - abar.sqrt() * self.mean) / variance
 
 
-def gaussian(sd, mean: float, spread: float = 1.0) -> sample.StableDiffusion:
+def gaussian(sd, mean: float | torch.Tensor, spread: float = 1.0) -> sample.StableDiffusion:
     unet = Gaussian(mean, spread)
     unet.config = sd.unet.config
     return replace(sd, unet=unet)
@@ -74,7 +74,8 @@ def gaussian(sd, mean: float, spread: float = 1.0) -> sample.StableDiffusion:
 
 def test_eps_distances_are_those_of_equal_x_t(sd):
     x_0 = torch.randn((3, *sd.latent_shape), generator=Generator().manual_seed(0))
-    one, other = gaussian(sd, 0.0), gaussian(sd, 0.5)
+    signs = torch.tensor([1.0, -1.0]).repeat(x_0.shape[-1] // 2)  # they would cancel in a mean
+    one, other = gaussian(sd, 0.0), gaussian(sd, 0.5 * signs)
     found = distances.eps_distances(one, other, "a star", x_0)
     abar = ddim.alphas_cumprod()[list(distances.TIMES)]
     expected = 0.5 * (abar * (1 - abar)).sqrt()  # with variance 1, eps differ by this everywhere
@@ -136,6 +137,7 @@ def test_kendalls_tau():
     assert stats.kendall([1, 2, 3], [6, 5, 4]) == -1
     # with ties, tau-b: two of the three pairs are untied in one, all in the other
     assert stats.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / math.sqrt(6))
+    assert stats.kendall([1, 2, 3], [1, 1, 2]) == pytest.approx(2 / math.sqrt(6))
     assert math.isnan(stats.kendall([1, 1], [1, 2]))
 
 
@@ -150,6 +152,8 @@ def test_pairs_of_the_null_differ_in_the_seed_alone_and_come_once():
         trained_on = [each.model == models.never_saw for each in (pair.one, pair.other)]
         assert trained_on[0] == trained_on[1]
         assert pair.other in ground_truth.compared_with(*pair.one)
+    first = ground_truth.NEVER[:1]
+    assert [ground_truth.compared_with(models.never_saw, i) for i in (0, 1)] == [[], first]
     assert ground_truth.compared_with(mine, 2) == ground_truth.NEVER
     assert ground_truth.compared_with(core.original, 1) == []  # the same weights as seed 0
 
