@@ -121,9 +121,10 @@ def test_below_is_a_prediction_limit():
     # 1, 2, 3: mean 2, s 1, t(2 degrees, one-sided 95 %) = 2.920
     assert stats.below([1.0, 2.0, 3.0]) == pytest.approx(2 + 2.920 * math.sqrt(4 / 3))
     generator = Generator().manual_seed(0)
-    draws = torch.randn(4000, 6, generator=generator).tolist()
-    covered = [new < stats.below(known) for *known, new in draws]
-    assert statistics.fmean(covered) == pytest.approx(0.95, abs=0.012)
+    draws = torch.randn(4000, 8, generator=generator).tolist()
+    for num in (1, 3):
+        covered = [statistics.fmean(d[5 : 5 + num]) < stats.below(d[:5], num) for d in draws]
+        assert statistics.fmean(covered) == pytest.approx(0.95, abs=0.012)
 
 
 def test_kendalls_tau():
@@ -145,7 +146,9 @@ def test_kendalls_tau():
 
 
 def test_pairs_of_the_null_differ_in_the_seed_alone_and_come_once():
-    pairs = ground_truth.null_pairs("star")
+    pairs = []
+    for several in (ground_truth.NEVER, ground_truth.ORIGINALS):
+        pairs += ground_truth.pairs_among(["star"], several)
     assert len(pairs) == 1 + 3
     assert len({frozenset((pair.one.name, pair.other.name)) for pair in pairs}) == len(pairs)
     for pair in pairs:
@@ -161,9 +164,10 @@ def test_pairs_of_the_null_differ_in_the_seed_alone_and_come_once():
 def test_every_pair_of_the_tables_is_asked():
     cells = ground_truth.cells(ground_truth.MODELS, ["star"], core.SEEDS)
     asked = {cell.key for cell in cells}
-    for pair in ground_truth.null_pairs("star"):
-        ask = ground_truth.distance("star", pair.other)
-        assert core.cell_of(pair.one.model, "star", pair.one.seed, ask).key in asked
+    for several in (ground_truth.NEVER, ground_truth.ORIGINALS):
+        for pair in ground_truth.pairs_among(["star"], several):
+            ask = ground_truth.distance("star", pair.other)
+            assert core.cell_of(pair.one.model, "star", pair.one.seed, ask).key in asked
     trained = {(cell.model.label, cell.seed) for cell in cells if cell.model.folder}
     assert trained == {
         ("never saw it", 0), ("never saw it", 1),
@@ -172,22 +176,26 @@ def test_every_pair_of_the_tables_is_asked():
 
 
 def made_up() -> Answers:
-    """Returns answers with known distances: 0.1 between two of a kind, mine .2 and .4."""
+    """Returns answers with known distances of eps.
+
+    0.1 between models that never saw it, 0.05 between originals, mine 0.2 and 0.4 from the first.
+    """
     answered = []
 
-    def add(model, seed, stars, eps):
-        ask = ground_truth.portrait("star")
-        answered.append((core.cell_of(model, "star", seed, ask), {"object": seen(stars, 50)}))
+    def add(model, seed, stars, eps, concept="star"):
+        ask = ground_truth.portrait(concept)
+        looks = {"object": seen(stars, 50), "style": "a" * 50}
+        answered.append((core.cell_of(model, concept, seed, ask), looks))
         for against in ground_truth.compared_with(model, seed):
-            ask = ground_truth.distance("star", against)
+            ask = ground_truth.distance(concept, against)
             distance = {"eps": [eps, eps], "FADE": 10 * eps}
-            answered.append((core.cell_of(model, "star", seed, ask), distance))
+            answered.append((core.cell_of(model, concept, seed, ask), distance))
 
     add(core.original, 0, stars=50, eps=0.3)
     for seed in models.again.seeds:
-        add(models.again, seed, stars=50, eps=0.1)
-    for seed in models.never_saw.seeds:
-        add(models.never_saw, seed, stars=0, eps=0.1)
+        add(models.again, seed, stars=50, eps=0.05)
+    for concept, seed in itertools.product(ground_truth.CONCEPTS, models.never_saw.seeds):
+        add(models.never_saw, seed, stars=0, eps=0.1, concept=concept)
     add(mine, 0, stars=5, eps=0.2)
     add(mine, 1, stars=10, eps=0.4)
     return answers_of(*answered)
@@ -199,8 +207,8 @@ def test_an_erasure_is_one_value_however_many_it_is_compared_with():
     assert of_mine == pytest.approx([0.2, 0.4])
     by_name = ground_truth.of_erasures(answers, mine, "star", name="by name")
     assert by_name == pytest.approx([0.1, 0.2])  # 5 and 10 of 50 stars against none
-    assert ground_truth.null(answers, "eps") == pytest.approx([0.1] * 4)
-    assert ground_truth.null(answers, "by name") == [0] * 4
+    assert ground_truth.null(answers, "eps") == pytest.approx([0.1] * 3)  # no originals
+    assert ground_truth.null(answers, "by name") == [0] * 3
     assert ground_truth.in_units(answers, mine, "star") == pytest.approx(3)
     assert ground_truth.in_units(answers, mine, "heart") is None
 
@@ -212,8 +220,9 @@ def test_the_table_says_which_distances_are_within_the_null():
     assert by_label["mine"][2] == "0.300 (-0.971 to 1.571)"
     assert by_label["mine"][6:] == ["3.00", "0 of 3"]
     assert by_label["original"][2] == "0.300"
-    assert by_label["*95 % of the null are below*"][2] == "0.100"
-    assert by_label["*never saw it, two seeds*"][2] == "0.100"
+    assert by_label["*the null's limit, for 3 seeds*"][2] == "0.100"
+    assert by_label["*never saw it, 3 pairs of seeds*"][2] == "0.100 (0.100 to 0.100)"
+    assert by_label["*original, 3 pairs of seeds*"][2].startswith("0.050")
     assert "never saw it" not in by_label
 
 
@@ -271,9 +280,28 @@ def test_the_score_is_a_harmonic_mean_and_ranks_by_it(monkeypatch):
     assert score == pytest.approx(3 / (1 / 0.9 + 1 / 0.6 + 1 / 0.9))
 
 
+def test_ranks_are_over_the_erasures_that_all_have(monkeypatch):
+    """A method that was tried on the easy concept alone doesn't win by that."""
+    easy, hard = ("heart", 0), ("star", 1)
+    known = {("mine", *easy): 0.8, ("other", *easy): 0.9, ("other", *hard): 0.1}
+    monkeypatch.setattr(
+        verdict, "score",
+        lambda answers, each: known.get((each.model.label, each.concept, each.seed)),
+    )
+    rivals = [mine, mine._replace(label="other"), mine._replace(label="not tried")]
+    found = verdict.scores(Answers({}), rivals, ("star", "heart"))
+    assert found == pytest.approx({"mine": 80, "other": 90})
+    del known["mine", *easy]
+    known["mine", *hard] = 0.2
+    of_stars = verdict.scores(Answers({}), rivals, ("star",))
+    of_hearts = verdict.scores(Answers({}), rivals, ("heart",))
+    assert of_stars == pytest.approx({"mine": 20, "other": 10})
+    assert of_hearts == pytest.approx({"other": 90})
+
+
 def test_the_verdict_is_made_of_what_other_experiments_ask():
     assert verdict.cells(verdict.MODELS, verdict.CONCEPTS, verdict.SEEDS) == []
-    assert run.reads("verdict") == ("methods", "guidance", "robust", "ground_truth")
+    assert run.reads("verdict") == ("methods", "robust", "ground_truth")
     assert run.reads("eta") == ("eta",)
     assert len(run.stored("verdict").records) >= len(run.stored("robust").records)
 

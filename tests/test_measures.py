@@ -11,7 +11,7 @@ from torch import Generator
 
 import ddim
 import erase
-from notebooks.experiments import core, cost, guidance, methods, models, robust
+from notebooks.experiments import core, cost, guidance, methods, models, objects, robust
 from notebooks.experiments.core import Answers, Model, Share
 from notebooks.methods import esd
 from notebooks.toy import judge as judging
@@ -139,14 +139,18 @@ def test_what_comes_back(low, high, comes_back):
         cell = core.cell_of(guidance.at(mine, scale), "star", 0, guidance.own_prompts("star"))
         answered.append((cell, {"object": letters_of(["star"] * hits + [None] * (20 - hits))}))
     cell = core.cell_of(mine, "star", 0, guidance.slope("star"))
-    answers = answers_of(*answered, (cell, {"slope": 0.3}))
+    answers = answers_of(*answered, (cell, {"m_c": -1.2, "m_0": -0.5}))
 
     (erasure,) = guidance.erasures(answers, [mine])
-    assert erasure == ("mine", 0.3, low / 20, high / 20)
+    assert erasure == ("mine", guidance.Law(-1.2, -0.5), low / 20, high / 20)
     assert erasure.comes_back == comes_back
-    hits = int(comes_back)
-    assert f", {hits} of 1" in guidance.line_on_signs(answers, [mine])
-    assert f"| {5 * high}.0 (" in guidance.table(answers, [mine])
+    assert erasure.law.slope == pytest.approx(0.3)
+    assert erasure.law.kappa(10) == pytest.approx(2.5)
+    table = guidance.table(answers, [mine])
+    rules = [line for line in table.splitlines() if line.startswith(("| slope", "| kappa"))]
+    share = "100.0" if comes_back else "0.0"  # both rules say that it comes back
+    assert [line.split("|")[2].split()[0] for line in rules] == [share, share]
+    assert f"| {5 * high}.0 (" in table
 
 
 # ---- robust: the hard prompt, the noise
@@ -281,6 +285,17 @@ def test_the_measures_of_an_erasure_that_harms_nothing(concept):
     assert line.endswith("| 10.5 | 2 |")
 
 
+def test_measures_are_of_the_seeds_that_answer_all():
+    """A run that was interrupted has an answer more for one ask than for another."""
+    mine = Model("mine", esd.erase)
+    answered = []
+    for cell in methods.cells([mine], ["star"], [0, 1]):
+        if cell.ask.questions and (cell.seed, cell.ask) != (0, core.in_styles):
+            answered.append((cell, seen_by(cell.ask, "star")))
+    measures = methods.measured(answers_of(*answered), mine, "star")
+    assert [len(several) for several in measures] == [1] * 5
+
+
 def test_the_harmonic_mean_and_what_is_kept():
     measures = methods.Measures([Share(1, 2)], [], [], ira=[Share(1, 1)], cra=[Share(30, 99)])
     assert measures.harmonic() == [pytest.approx(300 / (2 + 1 + 3.3))]
@@ -303,6 +318,25 @@ def test_mcnemars_p_is_against_esd_x_on_all_seeds_of_both():
 
 
 # ---- cost: calls
+
+
+def test_an_image_of_the_original_counts_once():
+    """It is one of "the others" for nine of ten objects."""
+    right = seen_by(core.by_name, erased="")
+    cells = [core.cell_of(models.original, "star", seed, core.by_name) for seed in (0, 1)]
+    answers = answers_of(*((cell, right) for cell in cells))
+    for shares in (
+        objects.counted(answers, models.original, world.OBJECTS, objects.OTHERS),
+        guidance.all_kept(answers, models.original, world.OBJECTS, guidance=5),
+        cost.counted(answers, models.original, cost.OTHERS),
+    ):
+        assert len(shares) == 2  # one for each seed
+
+
+def test_calls_are_known_of_our_models_only():
+    assert cost.calls_of(models.esd_x()) == 4 * (5 * 80 + 2 * 20 * 3)
+    assert cost.calls_of(models.original) is None
+    assert cost.calls_of(Model("mine", esd.erase, {"lr": 1e-4})) is None
 
 
 def counted_calls(sd, settings: dict) -> int:

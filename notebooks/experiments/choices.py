@@ -42,7 +42,6 @@ CONCEPTS = ("star", "heart", "moon")
 SEEDS = core.SEEDS
 LEFT = "the erased object is seen, %"
 OTHERS = "the other nine are seen, %"
-PAPER = {}  # compares none of them
 FINDINGS = """\
 - The frozen model's x_t leave more of the object than the edited model's.
 - A gradient step at each of the first four steps of a trajectory is as good as the paper's kind of

@@ -80,6 +80,7 @@ class Model(NamedTuple):
     file: str = ""  # of weights that were made elsewhere
     together: tuple[str, ...] = ()  # what it erases at once, whichever of these is asked for
     seeds: tuple[int, ...] = ()  # that it was trained with, in a folder each
+    times_for_a_style: int = 3  # as many iterations as for an object; 1 for a stranger's method
 
     @property
     def is_about_a_concept(self) -> bool:
@@ -246,9 +247,14 @@ class Cell(NamedTuple):
         return "/".join([self.model.label, names, f"seed {self.seed}", self.ask.name])
 
 
+def as_tuple(concepts: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Returns a single concept as a tuple of one."""
+    return (concepts,) if isinstance(concepts, str) else concepts
+
+
 def cell_of(model: Model, concepts: str | tuple[str, ...], seed: int, ask: Ask) -> Cell:
     """Returns a cell; all concepts share those of a model that knows of none."""
-    concepts = (concepts,) if isinstance(concepts, str) else concepts
+    concepts = as_tuple(concepts)
     if {*concepts} <= {*model.together}:
         concepts = model.together
     return Cell(model, concepts if model.is_about_a_concept else (), seed, ask)
@@ -325,7 +331,7 @@ class Answers:
         own: only where the prompt asks for one of the concepts; else only where it asks
         for none of them, and of none that is erased together with them, under any head.
         """
-        concepts = (concepts,) if isinstance(concepts, str) else concepts
+        concepts = as_tuple(concepts)
         erased = {*concepts, *model.together}
         right = []
         for wanted, seen in self.looks(model, concepts, ask, seed):
@@ -337,11 +343,14 @@ class Answers:
 
     def shares(
         self, model: Model, concepts: str | tuple[str, ...], ask: Ask,
-        head: str = "object", own: bool = True,
+        head: str = "object", own: bool = True, seeds: Iterable[int] | None = None,
     ) -> list[Share]:
-        """Returns, for each seed, how many images show what was asked for: see `right`."""
+        """Returns, for each seed, how many images show what was asked for: see `right`.
+
+        seeds: all that are answered, if it is None.
+        """
         shares = []
-        for seed in self.seeds(model, concepts, ask):
+        for seed in self.seeds(model, concepts, ask) if seeds is None else seeds:
             right = self.right(model, concepts, ask, seed=seed, head=head, own=own)
             shares.append(Share(sum(right), len(right)))
         return shares
@@ -536,7 +545,7 @@ class Context(NamedTuple):
         return settings if iterations is None else settings | {"iterations": iterations}
 
     def iterations(self, model: Model, concepts: tuple[str, ...]) -> int | None:
-        """Returns how many steps a method takes, if it counts any; a style takes longer."""
+        """Returns how many steps a method takes, if it counts any."""
         parameters = inspect.signature(model.method).parameters.values()
         given = {each.name: each.default for each in parameters} | model.settings
         number = given.get("iterations")
@@ -545,7 +554,7 @@ class Context(NamedTuple):
             return 2
         if not isinstance(number, int):
             return None
-        return 3 * number if "style" in map(kind_of, concepts) else number
+        return model.times_for_a_style * number if "style" in map(kind_of, concepts) else number
 
     def settings(self, cell: Cell) -> dict:
         """Returns all that a cell's answer depends on, as JSON gives it back."""

@@ -60,7 +60,6 @@ CONCEPTS = ("star", "heart", "moon")
 SEEDS = core.SEEDS
 LEFT = "the erased object is seen, %"
 OTHERS = "the other nine are seen, %"
-PAPER = {}
 FINDINGS = ""
 
 
@@ -90,8 +89,8 @@ def calls(settings: dict) -> float:
 
 
 def calls_of(model: Model) -> float | None:
-    """Returns a model's calls, if ESD made it."""
-    return calls(model.settings) if model.method is esd.erase else None
+    """Returns the calls of one of ours; another model's aren't known."""
+    return calls(model.settings) if model in MODELS and model.method else None
 
 
 # ---- the table and the figure
@@ -99,10 +98,7 @@ def calls_of(model: Model) -> float | None:
 
 def counted(answers: Answers, model: Model, what: str) -> list[Share]:
     """Returns the shares of all erasures."""
-    shares = []
-    for concept in CONCEPTS:
-        shares += answers.shares(model, concept, by_name, own=what == LEFT)
-    return shares
+    return answers.pooled(model, CONCEPTS, by_name, own=what == LEFT)
 
 
 def mean_seconds(answers: Answers, model: Model) -> str:

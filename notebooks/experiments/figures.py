@@ -1,6 +1,6 @@
 """The figures next to the tables: dots with intervals, a scatter, lines, a heat map.
 
-Percent on every axis, 95 % intervals as thin lines, the paper's values as crosses.
+95 % intervals are thin lines, the paper's values crosses. Shares are in percent.
 """
 
 import math
@@ -30,6 +30,11 @@ class Dot(NamedTuple):
 
     series: str
     shares: list[Share]
+
+
+def colour_of(series: int) -> str:
+    """Returns the colour of a series by its number; they are used again after the last."""
+    return COLOURS[series % len(COLOURS)]
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -81,8 +86,8 @@ def dots(
                 i = series.index(dot.series)
                 mean, low, high = stats.estimate(dot.shares)
                 at = y + 0.7 * ((i + 0.5) / len(series) - 0.5)
-                axis.plot([low, high], [at, at], color=COLOURS[i % 13], linewidth=1)
-                axis.plot(mean, at, "o", color=COLOURS[i % 13], markersize=4)
+                axis.plot([low, high], [at, at], color=colour_of(i), linewidth=1)
+                axis.plot(mean, at, "o", color=colour_of(i), markersize=4)
             if paper and row in paper.get(title, {}):
                 axis.plot(paper[title][row], y, "x", color="black", label="the paper")
         axis.set_title(title, fontsize=10)
@@ -94,7 +99,7 @@ def dots(
 
     if len(series) > 1:
         handles = [
-            pyplot.Line2D([], [], color=COLOURS[i % 13], marker="o", markersize=4, label=name)
+            pyplot.Line2D([], [], color=colour_of(i), marker="o", markersize=4, label=name)
             for i, name in enumerate(series)
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
@@ -227,7 +232,7 @@ def lines(
     for each in (each for several in (*panels.values(), *marks.values()) for each in several):
         if each.label not in labels:
             labels.append(each.label)
-    colours = {label: COLOURS[i % 13] for i, label in enumerate(labels)}
+    colours = {label: colour_of(i) for i, label in enumerate(labels)}
     num = len(panels) + len(marks)
     figure, axes = pyplot.subplots(
         1, num, figsize=(4 * num, 4), squeeze=False, sharey=True, layout="constrained"
@@ -272,7 +277,7 @@ def heat_map(panels: dict[str, dict[str, dict[str, float]]]) -> Figure:
             axis.imshow(values, vmin=0, vmax=100, cmap="Reds", aspect="auto")
         for i, line in enumerate(values):
             for j, value in enumerate(line):
-                if value == value:  # not missing
+                if not math.isnan(value):
                     colour = "white" if value > 60 else "black"
                     axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour,
                               fontsize=8)

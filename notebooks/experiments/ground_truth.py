@@ -1,10 +1,12 @@
 """Ground truth with a scale (beyond the paper): is an erased model like one that never saw it?
 
-A model that never saw the concept is what an erasure should come to. Two of these, trained
-with other seeds, differ as well, and so do two originals. These distances are the null: an
-erased model is "there" if its distance from a model that never saw the concept is below
-their 95 % limit (Student's t, for one more distance of the kind). Distances, all for the
-concept's own prompt:
+A U-Net that never saw the concept is what an erasure should come to. (The text encoder and the
+VAE are the original's, and did see it.) Two of these, trained with other seeds, differ as well.
+Their distances, of all concepts, are the null: an erasure is within it if its distance from the
+models that never saw the concept is below the 95 % limit for as many distances of the kind
+(Student's t). With few models that limit is wide, and being below it is no proof of being equal.
+How far originals are apart that were trained with other seeds is there to compare. Distances, all
+for the concept's own prompt:
 
 - **eps**: the mean of abs(eps - eps') on the same noised images, rendered ones that show the
   concept, at five times each.
@@ -15,7 +17,7 @@ concept's own prompt:
   ([`methods/distances.py`](../methods/distances.py)).
 
 Each erasure is compared with each model that never saw the concept. The models to compare
-with are trained first, an hour each: `python -m notebooks.experiments.replicates`.
+with are trained first, 50 minutes each: `python -m notebooks.experiments.replicates`.
 """
 
 import functools
@@ -23,7 +25,7 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -49,7 +51,6 @@ AGAIN = models.again
 MODELS = [ORIGINAL, *models.compared, NEVER_SAW, AGAIN]
 CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
-PAPER = {}
 FINDINGS = ""
 
 NEVER = [Reference(NEVER_SAW, seed) for seed in NEVER_SAW.seeds]
@@ -110,13 +111,13 @@ def compared_with(model: Model, seed: int) -> list[Reference]:
         return NEVER[: NEVER.index(own)]
     if own in ORIGINALS:
         return [*NEVER, *ORIGINALS[: ORIGINALS.index(own)]]
-    return NEVER if model != ORIGINAL else []  # one original is enough
+    return NEVER if model != ORIGINAL else []  # its weights are the same with every seed
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
     found = {}
     for concept in concepts:
-        erased = (concept,) if isinstance(concept, str) else concept
+        erased = core.as_tuple(concept)
         for model, seed, each in itertools.product(models, seeds, erased):
             asks = [distance(each, against) for against in compared_with(model, seed)]
             asks.append(portrait(each))
@@ -191,10 +192,10 @@ def pairs_of(answers: Answers, model: Model, concept: str) -> list[Pair]:
     return found
 
 
-def null_pairs(concept: str) -> list[Pair]:
-    """Returns the pairs of models that differ in their seed alone."""
+def pairs_among(concepts: Iterable[str], several: list[Reference]) -> list[Pair]:
+    """Returns all pairs of models that differ in their seed alone."""
     found = []
-    for several in (NEVER, ORIGINALS):
+    for concept in concepts:
         for i, one in enumerate(several):
             found += [Pair(concept, one, other) for other in several[:i]]
     return found
@@ -207,8 +208,8 @@ def values(answers: Answers, pairs: list[Pair], name: str) -> list[float]:
 
 
 def null(answers: Answers, name: str) -> list[float]:
-    """Returns all distances of the null, of all concepts."""
-    return [v for concept in CONCEPTS for v in values(answers, null_pairs(concept), name=name)]
+    """Returns the distances among models that never saw a concept, of all concepts."""
+    return values(answers, pairs_among(CONCEPTS, NEVER), name=name)
 
 
 # ---- the table and the figure
@@ -235,7 +236,7 @@ def estimate_text(several: list[float]) -> str:
 
 
 def in_units(answers: Answers, model: Model, concept: str) -> float | None:
-    """Returns the distance of eps over the mean of the null: 1 is as near as two of a kind."""
+    """Returns the distance of eps over the mean of the null: 1 is as near as two of these."""
     several = of_erasures(answers, model, concept, name="eps")
     scale = null(answers, "eps")
     return statistics.fmean(several) / statistics.fmean(scale) if several and scale else None
@@ -248,9 +249,9 @@ def row(answers: Answers, model: Model, concept: str) -> list[str]:
     for name in DISTANCES:
         several = of_erasures(answers, model, concept, name=name)
         cells.append(estimate_text(several))
-        below = stats.below(null(answers, name))
-        if several and below < math.inf:
-            near.append(statistics.fmean(several) <= below)
+        limit = stats.below(null(answers, name), num=len(several)) if several else math.inf
+        if limit < math.inf:
+            near.append(statistics.fmean(several) <= limit)
     units = in_units(answers, model, concept)
     cells.append("" if units is None else f"{units:.2f}")
     cells.append(f"{sum(near)} of {len(near)}" if near else "")
@@ -266,16 +267,17 @@ def table(answers: Answers, models: list[Model]) -> str:
             if model != NEVER_SAW and any(cells):
                 rows.append([concept, model.label, *cells])
 
-    for name, several in (("never saw it, two seeds", NEVER), ("original, two seeds", ORIGINALS)):
-        of_kind = [pair for c in CONCEPTS for pair in null_pairs(c) if pair.one in several]
-        cells = [estimate_text(values(answers, of_kind, name=each)) for each in DISTANCES]
-        if any(cells):
-            rows.append(["all", f"*{name}*", *cells, "", ""])
-    limits = [stats.below(null(answers, name)) for name in DISTANCES]
+    for name, several in (("never saw it", NEVER), ("original", ORIGINALS)):
+        pairs = pairs_among(CONCEPTS, several)
+        num = len(values(answers, pairs, name="eps"))
+        cells = [estimate_text(values(answers, pairs, name=each)) for each in DISTANCES]
+        if num:
+            rows.append(["all", f"*{name}, {num} pairs of seeds*", *cells, "", ""])
+    limits = [stats.below(null(answers, name), num=len(SEEDS)) for name in DISTANCES]
     if any(value < math.inf for value in limits):
         texts = [f"{value:.3f}" if value < math.inf else "" for value in limits]
-        rows.append(["all", "*95 % of the null are below*", *texts, "", ""])
-    header = ["concept", "erased by", *DISTANCES, "eps, in units of the null", "there"]
+        rows.append(["all", f"*the null's limit, for {len(SEEDS)} seeds*", *texts, "", ""])
+    header = ["concept", "erased by", *DISTANCES, "eps, in units of the null", "within the null"]
     return core.table(header, rows)
 
 

@@ -6,11 +6,12 @@ d = eps_theta*(x_t, c) - eps_theta*(x_t), then the eps that guidance g draws wit
 
     eps_theta*(x_t) + kappa(g) d + what isn't along d,    kappa(g) = m_0 + g (1 + m_c - m_0)
 
-(notebook 6). Where the slope 1 + m_c - m_0 is positive, raising g brings the concept back. Here
-the slope is measured on the x_t of the edited model's own trajectories, as sums over all of
-them: m = sum <movement, d> / sum <d, d>. An object is asked for by its name, a style with every
-object. "Comes back" means: at g 10 more than 10 % of the images show the concept, and more than
-5 points more than at g 1.
+(notebook 6). Where the slope 1 + m_c - m_0 is positive, raising g leads back to the concept. Here
+m_c and m_0 are measured on the x_t of the edited model's own trajectories, drawn as in training,
+as sums over all of them: m = sum <movement, d> / sum <d, d>. An object is asked for by its name,
+a style with every object. "Comes back" means: at g 10 more than 10 % of the images show the
+concept, and more than 5 points more than at g 1. (The empty prompt, kappa 0, shows each object
+in about 10 %.)
 
 On SD v1, draw what ESD-u erased at several scales:
 
@@ -21,7 +22,6 @@ On SD v1, draw what ESD-u erased at several scales:
 """
 
 import itertools
-import statistics
 from typing import Callable, Iterable, NamedTuple
 
 import torch
@@ -60,10 +60,9 @@ MODELS = [  # each is drawn with at every guidance
 KINDS = {"objects": world.OBJECTS, "styles": STYLES}
 CONCEPTS = (*world.OBJECTS, *STYLES)
 SEEDS = core.SEEDS
-PAPER = {}
 FINDINGS = """\
 - With ESD-u, a higher guidance scale brings the concept back; with the empty prompt kept, it
-  doesn't, at any scale.
+  doesn't, up to g 10.
 - The slope is positive for every plain ESD-u, and near 0 or below where the empty prompt is kept.
   It says which models are at risk, not how much comes back.
 - So "erased" needs the guidance scale that it was counted at: 5 in all other tables.
@@ -134,6 +133,10 @@ class Law(NamedTuple):
         """Returns 1 + m_c - m_0."""
         return 1 + self.m_c - self.m_0
 
+    def kappa(self, guidance: float) -> float:
+        """Returns m_0 + g (1 + m_c - m_0)."""
+        return self.m_0 + guidance * self.slope
+
 
 def law_of(movements: Iterable[Movement]) -> Law:
     """Returns m = sum <movement, d> / sum <d, d>."""
@@ -190,7 +193,7 @@ def asks_of(model: Model, concepts: tuple[str, ...], guidance: float) -> list[As
 def cells(models, concepts, seeds) -> list[Cell]:
     found = {}
     for concept in concepts:
-        erased = (concept,) if isinstance(concept, str) else concept
+        erased = core.as_tuple(concept)
         for model in models:
             for guidance in GUIDANCES:
                 asks = asks_of(model, erased, guidance)
@@ -228,21 +231,19 @@ def all_kept(
     answers: Answers, model: Model, concepts: Iterable[str], guidance: float
 ) -> list[Share]:
     """Returns how often the rest of each concept's kind is right."""
-    shares = []
-    for concept in concepts:
-        head = core.kind_of(concept)
-        shares += answers.shares(
-            at(model, guidance), concept, rest_of(concept), head=head, own=False
-        )
-    return shares
+    concepts = [*concepts]  # of one kind
+    head = core.kind_of(concepts[0])
+    ask = rest_of(concepts[0])
+    return answers.pooled(at(model, guidance), concepts, ask, head=head, own=False)
 
 
-def slopes(answers: Answers, model: Model, concept: str) -> dict[int, float]:
-    """Returns the slope for each seed."""
+def laws(answers: Answers, model: Model, concept: str) -> dict[int, Law]:
+    """Returns the law of each seed's erasure."""
     ask = slope(concept)
     found = {}
     for seed in answers.seeds(model, concept, ask):
-        found[seed] = answers.get(model, concept, ask, seed=seed)["slope"]
+        measured = answers.get(model, concept, ask, seed=seed)
+        found[seed] = Law(measured["m_c"], measured["m_0"])
     return found
 
 
@@ -250,7 +251,7 @@ class Erasure(NamedTuple):
     """What the law says of one erasure, and what is seen."""
 
     model: str
-    slope: float
+    law: Law
     low: float  # shares of images that show the concept, at the lowest g
     high: float  # and at the highest
 
@@ -261,15 +262,15 @@ class Erasure(NamedTuple):
 
 
 def erasures(answers: Answers, models: list[Model]) -> list[Erasure]:
-    """Returns all that have a slope and images at the lowest and the highest g."""
+    """Returns all that have a law, and images at the lowest and the highest g."""
     found = []
     for model, concept in itertools.product(models, CONCEPTS):
         low = left(answers, model, concept, GUIDANCES[0])
         high = left(answers, model, concept, GUIDANCES[-1])
-        for seed, value in slopes(answers, model, concept).items():
+        for seed, law in laws(answers, model, concept).items():
             if seed in low and seed in high:
                 shares = [each[seed].hits / each[seed].asked for each in (low, high)]
-                found.append(Erasure(model.label, value, *shares))
+                found.append(Erasure(model.label, law, *shares))
     return found
 
 
@@ -288,13 +289,13 @@ def table_by_guidance(answers: Answers, models: list[Model], kind: str) -> str:
     header = [
         f"{kind}, erased by",
         *(f"left at g {guidance:g}, %" for guidance in GUIDANCES),
-        *(f"others at g {guidance:g}, %" for guidance in KEPT_AT),
+        *(f"others right at g {guidance:g}, %" for guidance in KEPT_AT),
     ]
     return core.table(header, rows) if rows else ""
 
 
-def slope_text(values: Iterable[float]) -> str:
-    """Returns the mean slope of several erasures, with its interval: "+0.12 (-0.05 to +0.29)"."""
+def mean_text(values: Iterable[float]) -> str:
+    """Returns the mean over several erasures, with its interval: "+0.12 (-0.05 to +0.29)"."""
     values = [*values]
     if len(values) < 2:
         return "".join(f"{value:+.2f}" for value in values)
@@ -308,46 +309,54 @@ def table_by_concept(answers: Answers) -> str:
     for concept in CONCEPTS:
         cells = []
         for model in (PLAIN, KEPT):
-            cells.append(slope_text(slopes(answers, model, concept).values()))
+            found = laws(answers, model, concept).values()
+            cells.append(mean_text(law.slope for law in found))
+            cells.append(mean_text(law.kappa(GUIDANCES[-1]) for law in found))
             for guidance in (GUIDANCES[0], GUIDANCES[-1]):
                 cells.append(stats.text([*left(answers, model, concept, guidance).values()]))
         if any(cells):
             rows.append([concept, *cells])
     header = ["concept"]
     for model in (PLAIN, KEPT):
-        header.append(f"{model.label}: slope")
+        header += [f"{model.label}: slope", f"{model.label}: kappa({GUIDANCES[-1]})"]
         for guidance in (GUIDANCES[0], GUIDANCES[-1]):
             header.append(f"{model.label}: left at g {guidance:g}, %")
     return core.table(header, rows) if rows else ""
 
 
-def right_signs(found: list[Erasure]) -> str:
-    """Returns how often the slope's sign says whether a concept comes back."""
-    hits = sum((each.slope > 0) == each.comes_back for each in found)
-    low, high = stats.wilson(hits, len(found))
-    share = f"{100 * hits / len(found):.1f} % ({100 * low:.0f} to {100 * high:.0f})"
-    return f"{share}, {hits} of {len(found)}"
+RULES = {  # what each says of an erasure: whether the concept comes back
+    "slope above 0": lambda law: law.slope > 0,
+    f"kappa({GUIDANCES[-1]}) above 1/2, nearer to the concept than to the empty prompt":
+        lambda law: law.kappa(GUIDANCES[-1]) > 0.5,
+    "always": lambda law: True,
+    "never": lambda law: False,
+}
 
 
-def line_on_signs(answers: Answers, models: list[Model]) -> str:
-    """Returns how good a prediction the slope's sign is."""
+def table_of_rules(answers: Answers, models: list[Model]) -> str:
+    """Returns how often each rule is right, and of those with anything left at the highest g."""
     found = erasures(answers, models)
     if not found:
         return ""
     seen = [each for each in found if each.high > 0]
-    text = f"The sign of the slope says which erasures come back: {right_signs(found)}"
-    if seen:
-        text += f"; of those with anything left at g {GUIDANCES[-1]}, {right_signs(seen)}"
-    back = [each.slope for each in found if each.comes_back]
-    away = [each.slope for each in found if not each.comes_back]
-    means = [f"{statistics.fmean(each):+.2f}" if each else "none" for each in (back, away)]
-    return f"{text}. Mean slopes: {means[0]} where they do, {means[1]} where they don't."
+    rows = []
+    for name, rule in RULES.items():
+        row = [name]
+        for several in (found, seen):
+            right = [rule(each.law) == each.comes_back for each in several]
+            row.append(stats.text([Share(sum(right), len(right))] if right else []))
+        rows.append(row)
+    header = [
+        "the concept comes back if", f"right for {len(found)} erasures, %",
+        f"for the {len(seen)} with anything left at g {GUIDANCES[-1]}, %",
+    ]
+    return core.table(header, rows)
 
 
 def table(answers: Answers, models: list[Model]) -> str:
-    """Returns a table for objects, one for styles, one by concept, and a line."""
+    """Returns tables of objects and of styles, by concept, and of rules that predict."""
     parts = [table_by_guidance(answers, models, kind) for kind in KINDS]
-    parts += [table_by_concept(answers), line_on_signs(answers, models)]
+    parts += [table_by_concept(answers), table_of_rules(answers, models)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -365,7 +374,7 @@ def figure(answers: Answers, models: list[Model]):
 
     marks = []
     for each in erasures(answers, models):
-        marks.append(figures.Mark(each.model, x=each.slope, y=100 * each.high))
+        marks.append(figures.Mark(each.model, x=each.law.slope, y=100 * each.high))
     return figures.lines(
         panels, x="guidance scale g", y="the erased concept is seen, %",
         marks={f"each erasure at g {GUIDANCES[-1]}": marks}, x_of_marks="slope 1 + m_c - m_0",

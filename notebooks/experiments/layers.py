@@ -31,7 +31,6 @@ from sample import StableDiffusion
 MODELS = [models.esd_x(), models.esd_u(), models.kept()]
 CONCEPTS = ("star", "heart", "moon", "arrow")  # those that scenes imply
 SEEDS = core.SEEDS
-PAPER = {}
 FINDINGS = ""
 
 BY_NAME = "by name"
@@ -186,7 +185,7 @@ def patches(concept: str) -> Ask:
 def cells(models, concepts, seeds) -> list[Cell]:
     found = {}
     for concept in concepts:
-        erased = (concept,) if isinstance(concept, str) else concept
+        erased = core.as_tuple(concept)
         asks = [patches(each) for each in erased if scenes_of(each)]
         about_one = [model for model in models if model.is_about_a_concept]
         for cell in core.grid(about_one, [erased], asks=asks, seeds=seeds):

@@ -4,15 +4,18 @@ Each method is a short file in [`methods/`](../methods), with its equation next 
 UA, IRA and CRA are [UnlearnCanvas'](https://arxiv.org/abs/2402.11846) measures: how often the
 concept isn't seen where it is asked for, how often the rest of its kind is right, and how
 often another kind is right, without prompts that name the concept. H is the harmonic mean of
-the three, with the concept asked for by its name; the rank is by H. In contexts the concept is
-asked for with a colour or a style; in scenes, the held-out prompts imply it. p is McNemar's
-test against ESD-x, on the images by name from the same seeds.
+the three, with the concept asked for by its name, and the rank is by H: one image of twenty
+moves H by almost two points. In contexts the concept is asked for with a colour or a style; in
+scenes, the held-out prompts imply it. p is McNemar's test of UA by name against ESD-x, on images
+from the same seeds; of forty such tests, two are below 0.05 by chance.
 
 UCE, RECE, SPEED, SalUn and ESD against learned prompts are told to keep the names of all other
 objects and styles, which IRA and CRA ask for; the others are told nothing. Seconds are for one
-core of a busy machine: compare them with each other only.
+core of a busy machine: compare them with each other only. The size is that of all tensors in which
+something changed: a mask or a low rank changes fewer numbers.
 """
 
+import functools
 import json
 import statistics
 from typing import NamedTuple
@@ -47,7 +50,6 @@ CONCEPTS = ("star", "mosaic", "heart")
 SEEDS = core.SEEDS
 BASELINE = "ESD-x"  # what the others are tested against
 IMPLIED = {scene.object for scene in world.SCENES.values()}
-PAPER = {}
 FINDINGS = """\
 - No method is first for all three concepts. ESD-x in contexts, ESD-u with the empty prompt kept and
   SPM are among the first for the star and the heart; SPM for mosaic isn't stored yet.
@@ -81,7 +83,7 @@ cost = Ask("cost", answer=spent)
 def cells(models, concepts, seeds) -> list[Cell]:
     found = {}
     for concept in concepts:
-        erased = (concept,) if isinstance(concept, str) else concept
+        erased = core.as_tuple(concept)
         asks = [by_name, in_styles, cost]
         if not {*erased}.isdisjoint(world.OBJECTS):
             asks += [elsewhere, implied]
@@ -111,7 +113,7 @@ def other_kind(concept: str) -> Asked:
 
 
 class Measures(NamedTuple):
-    """A share for each seed; none where it wasn't asked."""
+    """A share for each seed, of the same seeds; none where it wasn't asked."""
 
     ua: list[Share]
     in_contexts: list[Share]
@@ -137,22 +139,31 @@ class Measures(NamedTuple):
 
 
 def measured(answers: Answers, model: Model, concept: str) -> Measures:
-    """Returns a model's measures for a concept."""
+    """Returns a model's measures for a concept, of the seeds that answer all of them."""
     own = own_kind(concept)
     other = other_kind(concept)
+    asks = [own.ask, other.ask]
+    if concept in world.OBJECTS:
+        asks.append(elsewhere)
+    if concept in IMPLIED:
+        asks.append(implied)
+    answered = [{*answers.seeds(model, concept, ask)} for ask in asks]
+    seeds = sorted(set.intersection(*answered))
+
     in_contexts = []
     in_scenes = []
-    if concept in world.OBJECTS:
-        in_contexts = gone(answers.shares(model, concept, elsewhere))
-    if concept in IMPLIED:
-        in_scenes = gone(answers.shares(model, concept, implied))
+    if elsewhere in asks:
+        in_contexts = gone(answers.shares(model, concept, elsewhere, seeds=seeds))
+    if implied in asks:
+        in_scenes = gone(answers.shares(model, concept, implied, seeds=seeds))
 
+    shares = functools.partial(answers.shares, model, concept, seeds=seeds)
     return Measures(
-        ua=gone(answers.shares(model, concept, own.ask, head=own.head)),
+        ua=gone(shares(own.ask, head=own.head)),
         in_contexts=in_contexts,
         in_scenes=in_scenes,
-        ira=answers.shares(model, concept, own.ask, head=own.head, own=False),
-        cra=answers.shares(model, concept, other.ask, head=other.head, own=False),
+        ira=shares(own.ask, head=own.head, own=False),
+        cra=shares(other.ask, head=other.head, own=False),
     )
 
 
@@ -227,11 +238,12 @@ def table(answers: Answers, models: list[Model]) -> str:
             mean = means[model.label]
             rank = 1 + sum(other > mean for other in means.values())
             cells = row(answers, model, concept, found[model.label])
-            rows.append([concept, model.label, f"{mean:.1f}", str(rank), *cells])
+            score = stats.number(found[model.label].harmonic())
+            rows.append([concept, model.label, score, str(rank), *cells])
     header = [
         "concept", "erased by", "H", "rank", "UA by name, %", "UA in contexts, %",
-        "UA in scenes, %", "IRA, %", "CRA, %", "p against ESD-x", "seconds",
-        "thousand parameters",
+        "UA in scenes, %", "IRA, %", "CRA, %", "p, UA against ESD-x", "seconds",
+        "size, thousand",
     ]
     return core.table(header, rows)
 

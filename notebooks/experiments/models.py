@@ -4,9 +4,9 @@ One protocol chose the settings of every method: as many gradient steps as ESD h
 whole trajectories, 160, and of four learning rates (SPEED: thresholds) the one with the
 largest harmonic mean of erased and kept, on the star with seed 0, 20 images of it and 10
 of each other object. Forget-Me-Not and SPM did nothing useful as published, and were tried
-in a second form. Concept ablation takes three times the steps. ESD-x itself has half of
-them, at each of a trajectory's first steps: see cost.py. Settings that aren't here are
-each paper's.
+in a second form. ESD-x has half of these steps, 80, at each of a trajectory's first times: see
+cost.py. ESD-u with the empty prompt kept has two aims and 240 steps, concept ablation 480. For a
+style, all of ours take three times as many. Settings that aren't here are each paper's.
 """
 
 import functools

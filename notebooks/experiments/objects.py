@@ -43,10 +43,7 @@ def cells(models, concepts, seeds) -> list[Cell]:
 
 def counted(answers: Answers, model: Model, concepts, what: str) -> list[stats.Share]:
     """Returns the shares of several erasures."""
-    shares = []
-    for concept in concepts:
-        shares += answers.shares(model, concept, by_name, own=what == LEFT)
-    return shares
+    return answers.pooled(model, concepts, by_name, own=what == LEFT)
 
 
 def erased(answers: Answers, models: list[Model]) -> list[str]:

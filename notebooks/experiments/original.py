@@ -33,7 +33,6 @@ PROMPTS = {  # title -> what is asked
     "scenes": core.implied,
     "paraphrases": core.reworded,
 }
-PAPER = {}
 FINDINGS = ""
 
 

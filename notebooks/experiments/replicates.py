@@ -1,12 +1,12 @@
-"""Trains the U-Nets that erased models are compared with: never a concept, and the original again.
+"""Trains the U-Nets that erased models are compared with: without a concept, or all of it again.
 
     python -m notebooks.experiments.replicates --list                  # names; which are trained
     python -m notebooks.experiments.replicates star_0 star_1 again_1   # these, one after the other
     python -m notebooks.experiments.replicates                         # all that are missing
 
-Each has the miniature's VAE and text encoder, and as many steps as its U-Net had: 50 minutes on
-two cores. The same command goes on after an interruption. They go to `runs/`: their answers are
-stored with the experiments, they aren't.
+Each has the miniature's VAE and text encoder, which saw every concept, and as many steps as its
+U-Net had: 50 minutes on a quiet core. The same command goes on after an interruption. They go to
+`runs/`: their answers are stored with the experiments, they aren't.
 """
 
 import argparse

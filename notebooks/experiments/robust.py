@@ -3,11 +3,13 @@
 The attacks are in [`methods/probes.py`](../methods/probes.py); notebook 5 explains them. An
 attacker has the weights, the judge, and images that the original drew: 24 to learn from, and
 one for each head start, which skips half of the steps. A hard prompt is the concept's behind
-one or two typed tokens. Guidance is the sixth attack: images by name, at other scales than 5.
-Training steps to half: after how many the share by name is half of the original's.
+one or two typed tokens; some of these, such as "badge", are words of scenes that imply it. Added
+noise spoils images of the original, too: compare with its row. Guidance is the sixth attack: images
+by name, at other scales than 5. Training steps to half: after how many the share by name is half
+of the original's.
 
-What an attack brings out of a model that never saw the concept was taught, not recovered. That
-row, and censored training's, need models that are trained first, an hour each: `python -m
+What an attack brings out of a U-Net that never saw the concept was taught, not recovered. That
+row, and censored training's, need models that are trained first, 50 minutes each: `python -m
 notebooks.experiments.replicates`. Without them they are empty. The verdict subtracts them.
 """
 
@@ -35,7 +37,6 @@ MODELS = [ORIGINAL, *models.compared, NEVER_SAW, CENSORED]
 CONCEPTS = ("star", "heart", "mosaic")
 SEEDS = core.SEEDS
 IMPLIED = {scene.object for scene in world.SCENES.values()}  # what censored training left out
-PAPER = {}
 FINDINGS = """\
 - So far the star alone is stored, with one erasure of each kind, and no model that never saw it.
 - With four learned words, 85 to 100 % of the images show the star again after ESD-x, closed forms
@@ -237,7 +238,7 @@ def attacks_on(concept: str) -> Ask:
 def cells(models, concepts, seeds) -> list[Cell]:
     found = {}
     for concept in concepts:
-        erased = (concept,) if isinstance(concept, str) else concept
+        erased = core.as_tuple(concept)
         asks = [attacks_on(each) for each in erased]
         for cell in core.grid(models, [erased], asks=asks, seeds=seeds):
             if cell.model != CENSORED or cell.ask.about in IMPLIED:

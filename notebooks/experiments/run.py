@@ -7,7 +7,8 @@
 
 my_erase is called as (sd, concepts: {prompt: anchor}, keep: prompts, seed: int, and what
 --set gives) and returns the new weights by name, or a model. methods/README.md has an
-example. The results in notebooks/experiments/results are read, never written, unless
+example. With new rows, only theirs are answered; the tables have the stored ones, too. The
+results in notebooks/experiments/results are read, never written, unless
 --results names them: new answers go to runs/. The same command goes on after a kill.
 """
 
@@ -54,7 +55,13 @@ SHIPPED = Path(__file__).with_name("results")
 
 
 def experiment(name: str) -> types.ModuleType:
-    """Returns an experiment's module, which has MODELS, SEEDS, cells, table and PAPER."""
+    """Returns an experiment's module. Its parts:
+
+    MODELS, CONCEPTS, SEEDS: what is combined. cells(models, concepts, seeds): the cells.
+    table(answers, models), figure(answers, models): Markdown, a figure. FINDINGS: what
+    follows, Markdown. Some have sheet(context, answers), images; READS, the experiments
+    whose answers the table is made of; PAPER, the paper's numbers, by a model's label.
+    """
     return importlib.import_module(f"notebooks.experiments.{name}")
 
 
@@ -180,6 +187,7 @@ def answers(
     """Yields the answers of each group, in the order in which they are done."""
     processes = min(processes, len(groups))
     if processes < 2:
+        torch.set_num_threads(1)  # as each of several has: seconds can be compared
         for cells in groups:
             yield answer(setup, cells)
         return
@@ -207,8 +215,9 @@ def those_here(context: Context, cells: list[Cell]) -> list[Cell]:
     missing = set()
     for cell in cells:
         settings = context.settings(cell)
-        folders = [settings["weights"].get("folder"), settings.get("against", {}).get("folder")]
-        not_here = {folder for folder in folders if folder and not Path(folder).exists()}
+        weights = [settings["weights"], settings.get("against", {})]
+        trained = [each for each in weights if "folder" in each]
+        not_here = {each["folder"] for each in trained if "fingerprint" not in each}
         missing |= not_here
         if not not_here:
             here.append(cell)
@@ -241,9 +250,10 @@ def new_models(args: argparse.Namespace) -> list[Model]:
     together = tuple(args.concept or ())  # what each of them erases
     if args.method:
         method = erase.find_function("--method", args.method)
-        models.append(
-            Model(args.label or args.method, method, settings_from(args.set), together=together)
-        )
+        models.append(Model(
+            args.label or args.method, method, settings_from(args.set), together=together,
+            times_for_a_style=1,
+        ))
     for file in args.files:
         sample.read_tensors(file)  # refused here, not in the middle of a run
         models.append(Model(file.stem, file=str(file), together=together))
@@ -271,6 +281,18 @@ def check_only(labels: list[str], models: dict[str, list[Model]]) -> None:
             raise UsageError(f"--only {label!r}: choose from {', '.join(known)}")
 
 
+def concepts_of(name: str, args: argparse.Namespace) -> list:
+    """Returns the concepts that an experiment asks about. Raises UsageError if there is none."""
+    known = experiment(name).CONCEPTS
+    if not args.concept:
+        return known[:1] if args.quick else known
+    chosen = [each for each in known if {*core.as_tuple(each)} <= {*args.concept}]
+    if known and not chosen:
+        names = ", ".join("+".join(core.as_tuple(each)) for each in known)
+        raise UsageError(f"--concept {' '.join(args.concept)}: {name} asks about {names}")
+    return chosen
+
+
 def cells_of(name: str, args: argparse.Namespace, models: list[Model]) -> list[Cell]:
     """Returns the cells of an experiment's models, as the flags narrow them."""
     module = experiment(name)
@@ -278,8 +300,7 @@ def cells_of(name: str, args: argparse.Namespace, models: list[Model]) -> list[C
     seeds = [*seeds][:1] if args.quick else seeds
     if args.only:
         models = [model for model in models if model.label in args.only]
-    concepts = module.CONCEPTS[:1] if args.quick else module.CONCEPTS
-    cells = module.cells(models, args.concept or concepts, seeds)
+    cells = module.cells(models, concepts_of(name, args), seeds)
     return [*{cell.key: cell for cell in cells}.values()]
 
 
@@ -323,18 +344,23 @@ class Plan:
     """Which cells are wanted, what is known of them, and what is still to be asked."""
 
     def __init__(
-        self, context: Context, wanted: dict[str, list[Cell]], known: dict[str, dict]
+        self, context: Context, wanted: dict[str, list[Cell]], known: dict[str, dict],
+        new: dict[str, list[Cell]] | None = None,
     ):
-        """wanted: cells by experiment. known: records by question."""
+        """wanted: cells by experiment. known: records by question.
+
+        new: those of wanted that may be answered; all of them, if it is None.
+        """
         self.known = known
         self.questions = {}  # of each experiment, by key
         self.todo = {}  # a cell for each question, whichever experiments ask it
         for name, cells in wanted.items():
+            may_be_answered = {cell.key for cell in (cells if new is None else new[name])}
             self.questions[name] = {}
             for cell in cells:
                 question = question_of(cell.ask.name, context.settings(cell))
                 self.questions[name][cell.key] = question
-                if question not in known:
+                if question not in known and cell.key in may_be_answered:
                     self.todo.setdefault(question, cell)
 
     def add(self, answered: list[Answered]) -> list[str]:
@@ -399,7 +425,9 @@ def run(args: argparse.Namespace) -> None:
     context = core.open_context(*setup)
     shipped = {} if args.anew else read_records(SHIPPED)
     known = by_question(shipped, read_records(args.results))
-    plan = Plan(context, {name: cells_of(name, args, models[name]) for name in asked}, known)
+    wanted = {name: cells_of(name, args, models[name]) for name in asked}
+    new = {name: cells_of(name, args, more) for name in asked} if more else None
+    plan = Plan(context, wanted, known, new)
     changed = answer_all(plan, setup, args.processes, args.results)
     write_shared(plan, args.results, shipped)
 
@@ -425,7 +453,7 @@ def main() -> None:
     add("experiments", nargs="+", choices=["all", *NAMES], metavar="EXPERIMENT",
         help=f"all, or some of {', '.join(NAMES)}")
     add("--quick", action="store_true", help="tries the code: two iterations, few images")
-    add("--anew", action="store_true", help="takes no answer that --results doesn't have")
+    add("--anew", action="store_true", help="takes no answer from the shipped results")
     add("--only", nargs="+", metavar="LABEL", help="only these of an experiment's models")
     add("--seeds", type=int, help="erasures of each kind, each with images of its own")
 
@@ -433,7 +461,8 @@ def main() -> None:
     add("--label", help="what its row is called")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of --method")
     add("--files", nargs="+", type=Path, default=[], help="weights made elsewhere: new rows")
-    add("--concept", nargs="+", metavar="NAME", help="all that the new rows erase, together")
+    add("--concept", nargs="+", metavar="NAME",
+        help="only these; new rows erase all of them, together")
 
     add("--model", type=Path, default=core.TOY, help="the miniature, with its judge")
     add("--run", type=Path, default=Path("runs/experiments"), help="keeps erased weights")

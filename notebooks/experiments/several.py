@@ -61,7 +61,6 @@ MODELS = [
 ]
 CONCEPTS = [("star", "heart"), ("star", "heart", "moon", "arrow", "square")]
 SEEDS = core.SEEDS
-PAPER = {}
 FINDINGS = ""
 
 

@@ -5,7 +5,6 @@
 
 import itertools
 import math
-import random
 import statistics
 from collections import Counter
 from typing import NamedTuple
@@ -71,16 +70,16 @@ def student(values: list[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def below(values: list[float]) -> float:
-    """Returns what one more value of the kind is below in 95 % of cases, by Student's t.
+def below(values: list[float], num: int = 1) -> float:
+    """Returns what the mean of `num` more values is below in 95 % of cases, by Student's t.
 
-    mean + t s sqrt(1 + 1/n), t one-sided. Infinite for fewer than two values.
+    mean + t s sqrt(1/num + 1/n), t one-sided. Infinite for fewer than two values.
     """
     n = len(values)
     if n < 2:
         return math.inf
     t = T_95_ONE_SIDED[n - 2] if n - 2 < len(T_95_ONE_SIDED) else 1.645 + 1.5 / (n - 1)
-    return statistics.fmean(values) + t * statistics.stdev(values) * math.sqrt(1 + 1 / n)
+    return statistics.fmean(values) + t * statistics.stdev(values) * math.sqrt(1 / num + 1 / n)
 
 
 def estimate(shares: list[Share]) -> Estimate:
@@ -117,8 +116,11 @@ def text(shares: list[Share]) -> str:
 
 
 def number(values: list[float]) -> str:
-    """Returns the mean of several erasures with its interval: "24.0 (21.8 to 26.2)"."""
-    if len(values) < 2:
+    """Returns the mean of several erasures with its interval: "24.0 (21.8 to 26.2)".
+
+    A single value has none, and neither have values that agree by luck.
+    """
+    if len({*values}) < 2:
         return f"{values[0]:.1f}" if values else ""
     mean, low, high = student(values)
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
@@ -132,7 +134,7 @@ class Pairs(NamedTuple):
 
     only_one: int  # images that only the first gets right
     only_other: int
-    p: float  # how likely a difference as large is by chance
+    p: float  # of a split at least as uneven, if neither is better
 
 
 def mcnemar(one: list[bool], other: list[bool]) -> Pairs:
@@ -153,22 +155,6 @@ def total_variation(seen: Counter, reference: Counter) -> float:
     p = {name: count / sum(seen.values()) for name, count in seen.items()}
     q = {name: count / sum(reference.values()) for name, count in reference.items()}
     return sum(abs(p.get(name, 0) - q.get(name, 0)) for name in {*p, *q}) / 2
-
-
-def total_variation_by_chance(seen: Counter, reference: Counter) -> float:
-    """Returns what 95 % of 1,000 random halves of the pooled images stay below.
-
-    Two sets of images from one model differ, too.
-    """
-    rng = random.Random(0)
-    pooled = [*seen.elements(), *reference.elements()]
-    num = sum(seen.values())
-
-    by_chance = []
-    for _ in range(1000):
-        rng.shuffle(pooled)
-        by_chance.append(total_variation(Counter(pooled[:num]), Counter(pooled[num:])))
-    return sorted(by_chance)[949]
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:

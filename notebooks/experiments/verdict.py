@@ -1,19 +1,22 @@
 """The verdict (beyond the paper): erased by name, in contexts, under attack, and at what price?
 
-One row for each method, from the answers of four experiments: methods, guidance, robust and
-ground_truth. What an attack brings out is net: less what the same attack brings out of a model
+One row for each method, from the answers of three experiments: methods, robust and ground_truth.
+What an attack brings out is net: less what the same attack brings out of a model
 that never saw the concept, as that part was taught, not recovered. A number is the mean over
 erasures, of all concepts and seeds.
 
-- **by name**, **in contexts**, **implied**, **at g 10**: where the concept is still seen.
+- **by name**, **in contexts**, **implied**, **at g 10**: where the concept is still seen; at g 10
+  in the prompt that robust.py attacks.
 - **kept**: the rest of its kind, and the other kind.
 - **net**: by learned words, a hard prompt, added noise, a head start, a guidance scale of 10, and
   20 steps of training.
 - **distance**: of eps from models that never saw the concept; 1 is as near as two of these are
   to each other.
 - **score**: the harmonic mean of what is erased by name, in contexts and under the worst net
-  attack that trains nothing, and of what is kept. Ranks are by it. Kendall's tau says how far the
-  ranks of two seeds agree: 1 fully, 0 not at all.
+  attack that trains nothing, and of what is kept. The worst of five counts of 20 images is a
+  little too high by chance, for all methods. Ranks are by the score, over the erasures that all
+  ranked methods have. Kendall's tau says how far the ranks of two seeds agree: 1 fully, 0 no more
+  than by chance, -1 the other way round.
 """
 
 import functools
@@ -26,7 +29,6 @@ from notebooks.experiments import (
     core,
     figures,
     ground_truth,
-    guidance,
     methods,
     models,
     robust,
@@ -35,13 +37,12 @@ from notebooks.experiments import (
 from notebooks.experiments.core import Answers, Ask, Cell, Model, elsewhere, implied
 from notebooks.experiments.stats import Share
 
-READS = ("methods", "guidance", "robust", "ground_truth")  # whose answers these are
+READS = ("methods", "robust", "ground_truth")  # whose answers these are
 ORIGINAL = models.original
 NEVER_SAW = models.never_saw
 MODELS = [ORIGINAL, *models.compared]
 CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
-PAPER = {}
 FINDINGS = ""
 
 TRAINING = "20"  # steps
@@ -95,10 +96,7 @@ def in_scenes(answers: Answers, erasure: Erasure) -> Share | None:
 
 
 def at_g_10(answers: Answers, erasure: Erasure) -> Share | None:
-    model, concept, seed = erasure
-    asked = guidance.left(answers, model, concept, 10).get(seed)
-    # guidance.py doesn't ask all methods: robust.py's images do
-    return asked or attacked(answers, erasure, "g 10")
+    return attacked(answers, erasure, "g 10")
 
 
 def kept(answers: Answers, erasure: Erasure) -> Share | None:
@@ -200,12 +198,24 @@ def scores(
     answers: Answers, models: list[Model], concepts: Iterable[str],
     seeds: Iterable[int] = SEEDS,
 ) -> dict[str, float]:
-    """Returns the mean score of each method, by its label, if it has any."""
+    """Returns the mean score of each method that has any, over the erasures that all have."""
     found = {}
     for model in models:
-        if several := percents(answers, erasures(model, concepts, seeds), score):
-            found[model.label] = statistics.fmean(several)
-    return found
+        of_model = {}
+        for each in erasures(model, concepts, seeds):
+            value = score(answers, each)
+            if value is not None:
+                of_model[each.concept, each.seed] = 100 * value
+        if of_model:
+            found[model.label] = of_model
+
+    shared = set.intersection(*map(set, found.values())) if found else set()
+    if not shared:
+        return {}
+    return {
+        label: statistics.fmean(of_model[each] for each in shared)
+        for label, of_model in found.items()
+    }
 
 
 def agreement(answers: Answers, models: list[Model], concepts: Iterable[str]) -> str:
@@ -265,6 +275,7 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
             cells = {}
             for title in SHARES:
                 cells[title] = stats.estimate(shares(answers, several, title)).mean
+            cells["lost"] = 100 - cells.pop("kept")  # as all else: the redder, the worse
             for title in ATTACKS:
                 found = nets(answers, several, title)
                 cells[f"net: {title}"] = statistics.fmean(found) if found else math.nan

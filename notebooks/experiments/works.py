@@ -65,7 +65,6 @@ SETTINGS = models.WHOLE_X | {"every_step": False}
 MODELS = [models.original, Model("ESD-x", erase_works, SETTINGS)]
 CONCEPTS = tuple(FAMILY[:count] for count in (1, 2, 3))
 SEEDS = core.SEEDS
-PAPER = {}  # images only
 FINDINGS = """\
 - The erased works are gone, and other works stay.
 """
