@@ -40,6 +40,7 @@ SAMPLING = {"steps": 10, "guidance": 5.0, "batch": 50}
 SEEDS = (0, 1, 2)
 STYLES = world.STYLES[1:]  # no words ask for plain
 KINDS = {"object": world.OBJECTS, "style": STYLES}  # what a concept can be
+IMPLIED = {scene.object for scene in world.SCENES.values()}  # objects that scenes imply
 LETTERS = "abcdefghijk"  # of the judge's classes, in their order
 
 

@@ -121,7 +121,7 @@ def cells(models, concepts, seeds) -> list[Cell]:
         for model, seed, each in itertools.product(models, seeds, erased):
             asks = [distance(each, against) for against in compared_with(model, seed)]
             asks.append(portrait(each))
-            if each in robust.IMPLIED:
+            if each in core.IMPLIED:
                 asks.append(implied)
             for cell in core.grid([model], [erased], asks=asks, seeds=[seed]):
                 found[cell.key] = cell
@@ -170,7 +170,7 @@ def by_name(answers: Answers, pair: Pair) -> float | None:
 
 
 def in_scenes(answers: Answers, pair: Pair) -> float | None:
-    is_implied = pair.concept in robust.IMPLIED
+    is_implied = pair.concept in core.IMPLIED
     return total_variation(answers, pair, implied) if is_implied else None
 
 

@@ -118,7 +118,7 @@ def change_of(before: Tensor, after: Tensor) -> Change:
 # ---- what is asked
 
 
-def scenes_of(concept: str) -> list[str]:
+def prompts_that_imply(concept: str) -> list[str]:
     """Returns the held-out prompts that imply an object."""
     prompts = []
     for scene, setting in world.HELD_OUT:
@@ -134,7 +134,7 @@ def seen_in(
     concept = cell.ask.about
     prompts = {
         BY_NAME: [with_article(concept)] * context.num(20),
-        IN_SCENES: scenes_of(concept)[: context.num(100)],
+        IN_SCENES: prompts_that_imply(concept)[: context.num(100)],
     }
     letters = {}
     for where, asked in prompts.items():
@@ -178,7 +178,7 @@ def patch(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
 
 def patches(concept: str) -> Ask:
     """Returns what asks for all patches of a concept's erasure."""
-    uses = (scenes_of, at_times)
+    uses = (prompts_that_imply, at_times)
     return Ask(f"patches for {concept}", answer=patch, uses=uses, about=concept)
 
 
@@ -186,7 +186,7 @@ def cells(models, concepts, seeds) -> list[Cell]:
     found = {}
     for concept in concepts:
         erased = core.as_tuple(concept)
-        asks = [patches(each) for each in erased if scenes_of(each)]
+        asks = [patches(each) for each in erased if prompts_that_imply(each)]
         about_one = [model for model in models if model.is_about_a_concept]
         for cell in core.grid(about_one, [erased], asks=asks, seeds=seeds):
             found[cell.key] = cell

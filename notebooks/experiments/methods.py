@@ -49,7 +49,6 @@ MODELS = [
 CONCEPTS = ("star", "mosaic", "heart")
 SEEDS = core.SEEDS
 BASELINE = "ESD-x"  # what the others are tested against
-IMPLIED = {scene.object for scene in world.SCENES.values()}
 FINDINGS = """\
 - No method is first for all three concepts. ESD-x in contexts, ESD-u with the empty prompt kept and
   SPM are among the first for the star and the heart; SPM for mosaic isn't stored yet.
@@ -145,7 +144,7 @@ def measured(answers: Answers, model: Model, concept: str) -> Measures:
     asks = [own.ask, other.ask]
     if concept in world.OBJECTS:
         asks.append(elsewhere)
-    if concept in IMPLIED:
+    if concept in core.IMPLIED:
         asks.append(implied)
     answered = [{*answers.seeds(model, concept, ask)} for ask in asks]
     seeds = sorted(set.intersection(*answered))

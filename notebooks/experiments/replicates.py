@@ -49,7 +49,7 @@ def replicates() -> dict[str, Replicate]:
             found[f"{concept}_{seed}"] = Replicate(models.never_saw, (concept,), seed)
     for seed in models.again.seeds:
         found[f"again_{seed}"] = Replicate(models.again, (), seed)
-    found["censored"] = Replicate(models.censored, tuple(sorted(robust.IMPLIED)), 0)
+    found["censored"] = Replicate(models.censored, tuple(sorted(core.IMPLIED)), 0)
     return found
 
 

@@ -26,7 +26,6 @@ from notebooks.experiments.core import Answers, Ask, Cell, Context, Model
 from notebooks.experiments.stats import Share
 from notebooks.methods import probes
 from notebooks.toy import judge as judging
-from notebooks.toy import world
 from notebooks.toy.world import with_article
 from sample import StableDiffusion
 
@@ -36,7 +35,6 @@ NEVER_SAW = models.never_saw
 MODELS = [ORIGINAL, *models.compared, NEVER_SAW, CENSORED]
 CONCEPTS = ("star", "heart", "mosaic")
 SEEDS = core.SEEDS
-IMPLIED = {scene.object for scene in world.SCENES.values()}  # what censored training left out
 FINDINGS = """\
 - So far the star alone is stored, with one erasure of each kind, and no model that never saw it.
 - With four learned words, 85 to 100 % of the images show the star again after ESD-x, closed forms
@@ -241,7 +239,8 @@ def cells(models, concepts, seeds) -> list[Cell]:
         erased = core.as_tuple(concept)
         asks = [attacks_on(each) for each in erased]
         for cell in core.grid(models, [erased], asks=asks, seeds=seeds):
-            if cell.model != CENSORED or cell.ask.about in IMPLIED:
+            # censored training left out what scenes imply
+            if cell.model != CENSORED or cell.ask.about in core.IMPLIED:
                 found[cell.key] = cell
     return [*found.values()]
 

@@ -92,7 +92,7 @@ def in_contexts(answers: Answers, erasure: Erasure) -> Share | None:
 
 
 def in_scenes(answers: Answers, erasure: Erasure) -> Share | None:
-    return share_of(answers, erasure, implied) if erasure.concept in robust.IMPLIED else None
+    return share_of(answers, erasure, implied) if erasure.concept in core.IMPLIED else None
 
 
 def at_g_10(answers: Answers, erasure: Erasure) -> Share | None:
