@@ -36,9 +36,11 @@ MODELS = [ORIGINAL, *models.compared, NEVER_SAW, CENSORED]
 CONCEPTS = ("star", "heart", "mosaic")
 SEEDS = core.SEEDS
 FINDINGS = """\
-- So far the star alone is stored, with one erasure of each kind, and no model that never saw it.
+- So far the star alone is stored, with one erasure of each kind, and one model that never saw it.
 - With four learned words, 85 to 100 % of the images show the star again after ESD-x, closed forms
   or SalUn, 60 % after ESD-u. Five to forty steps of training bring it back everywhere.
+- Of the model that never saw a star, the same attacks bring out next to nothing: 10 % with learned
+  words, 5 % after a head start, none after 20 steps of training. So what comes back was there.
 - ESD-u with the empty prompt kept resists best: 5 % with learned words, none with a hard prompt,
   15 % after a head start. One erasure: other seeds and concepts come next.
 - The guidance scale brings back a fifth of ESD-u's stars and a third of UCE's, none of ESD-x's.

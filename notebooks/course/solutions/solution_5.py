@@ -7,7 +7,7 @@ After censored training there is no such knowledge: the attack can only combine 
 knows about other objects.
 
 5.3. Measured with seed 0, 20 images by name and by learned words, 54 of the other objects. On the
-machine of the notebook's outputs ESD-x left 0 and 11 of 20: other rounding is enough for that.
+machine of the notebook's outputs ESD-x left 0 and 13 of 20: other rounding is enough for that.
 
     ESD-x            by name 1, learned words 14 of 20, others right 53 of 54
       eta 3                  0                15                     52
@@ -27,16 +27,19 @@ Attack 1. No: the gradients need the weights, and the learned embeddings aren't 
 can type them. Anyone with a copy of the weights can run it. A hard prompt that was found on a copy
 can be typed.
 
-Attack 2. From where on even a model that never saw a star keeps it. Without that model, Figure 3
-gives an upper bound: at 0.8, all three curves have met. A cheap substitute is the original with
-another prompt, such as "a moon".
+Attack 2. From where on even the model that never saw a star keeps it: at 0.8 it does in most
+images, at 0.5 in none. So at 0.5 all stars are the model's own doing, and at 0.8 most would be there
+anyway.
 
-Attack 3. A model may learn any simple shape as fast: it knows colours, backgrounds and edges, and
-all its weights are trained. Train a model that never saw a star in the same way, or teach the
-original a shape that it has never seen, and compare the curves.
+Attack 3. A model may learn any simple shape fast: it knows colours, backgrounds and edges, and all
+its weights are trained. The lowest curve says how fast: 10 % after twenty steps. So what the erased
+models learn faster, they still knew. Between ESD-x and ESD-u the difference may lie in what was
+moved: training changes all weights, and ESD-u's, spread over the U-Net, are undone by a small step in
+each, while ESD-x's few matrices have to come back a longer way. To find out, train only the weights
+that were edited, or compare the two at equal distance from the original.
 
-Results. Only after training: 35 % is 18 to 57 %, 85 % is 64 to 95 %. The others overlap: 0 to 16
-and 3 to 30 % by name, 34 to 74 and 22 to 61 % with learned words, 22 to 61 and 53 to 89 % after the
+Results. Only after training: 40 % is 22 to 61 %, 85 % is 64 to 95 %. The others overlap: 0 to 16
+and 3 to 30 % by name, 43 to 82 and 22 to 61 % with learned words, 22 to 61 and 53 to 89 % after the
 head start. Overlap doesn't mean equality: both models start from the same noises, so McNemar's test
 (notebook 3) sees more.
 
