@@ -11,7 +11,7 @@ from torch import Generator
 
 import ddim
 import erase
-from notebooks.experiments import core, cost, guidance, methods, models, objects, robust
+from notebooks.experiments import core, cost, guidance, methods, models, objects, robust, stats
 from notebooks.experiments.core import Answers, Model, Share
 from notebooks.methods import esd
 from notebooks.toy import judge as judging
@@ -280,6 +280,8 @@ def test_the_measures_of_an_erasure_that_harms_nothing(concept):
     assert len(measures.in_scenes) == (2 if is_object else 0)
     assert measures.harmonic() == [100, 100]
 
+    several = methods.Measures([Share(1, 20), Share(19, 20)], [], [], *[[Share(1, 1)] * 2] * 2)
+    assert stats.number(several.harmonic(), within=stats.PERCENT).endswith(" (0.0 to 100.0)")
     line = methods.table(answers, [models.original, mine]).splitlines()[2]
     assert line.startswith(f"| {concept} | mine | 100.0 | 1 |")
     assert line.endswith("| 10.5 | 2 |")

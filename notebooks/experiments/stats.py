@@ -39,6 +39,9 @@ class Interval(NamedTuple):
     high: float
 
 
+PERCENT = Interval(0, 100)
+
+
 class Estimate(NamedTuple):
     """A mean and its 95 % interval."""
 
@@ -115,15 +118,16 @@ def text(shares: list[Share]) -> str:
     return f"{mean:.1f} ({low:.0f} to {high:.0f})"
 
 
-def number(values: list[float]) -> str:
+def number(values: list[float], within: Interval = Interval(-math.inf, math.inf)) -> str:
     """Returns the mean of several erasures with its interval: "24.0 (21.8 to 26.2)".
 
-    A single value has none, and neither have values that agree by luck.
+    A single value has none, and neither have values that agree by luck. within: all that is
+    possible, such as 0 to 100.
     """
     if len({*values}) < 2:
         return f"{values[0]:.1f}" if values else ""
     mean, low, high = student(values)
-    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+    return f"{mean:.1f} ({max(low, within.low):.1f} to {min(high, within.high):.1f})"
 
 
 # ---- comparisons

@@ -237,7 +237,7 @@ def row(answers: Answers, model: Model, concepts: Iterable[str]) -> list[str]:
     cells = [stats.text(shares(answers, several, title)) for title in SHARES]
     cells += [stats.number(nets(answers, several, title)) for title in ATTACKS]
     cells.append(distance_of(answers, model, concepts))
-    cells.append(stats.number(percents(answers, several, score)))
+    cells.append(stats.number(percents(answers, several, score), within=stats.PERCENT))
     return cells
 
 
