@@ -60,10 +60,10 @@ SHOWN = (  # in the contact sheet
 FINDINGS = """\
 - ESD-u acts on what prompts only imply, and leaves 12 % of the original's 71; ESD-x, which acts on
   their words, leaves 72. That is the paper's contrast between the two.
-- Keeping the empty prompt removes the name better, and what prompts imply perhaps worse: 22 % are left,
-  not 12, but the intervals overlap, and most of the difference is the moon.
-- SLD-max and the negative prompt remove what is implied, too, and cost 27 and 17 points of the other
-  scenes, and 23 and 7 of the objects.
+- Keeping the empty prompt removes the name better, and what prompts imply perhaps worse: 22 % are
+  left, not 12, but the intervals overlap, and most of the difference is the moon.
+- SLD-max and the negative prompt remove what is implied, too, and cost 27 and 17 points of the
+  other scenes, and 23 and 7 of the objects.
 """
 
 

@@ -54,12 +54,12 @@ FINDINGS = """\
   third; SPM is first for the heart. Between these, an image or two of sixty decides.
 - ESD-x leaves a third of the stars where a colour or a style is asked for, too. With contexts, or
   with ESD-u and the empty prompt kept, it is 0 to 7 %, of the star and of the heart.
-- Of what scenes imply, ESD-u leaves 5 to 13 %, with the empty prompt kept 10 to 14 %. ESD-x and SPEED,
-  which act on words, leave about as much as the original shows.
+- Of what scenes imply, ESD-u leaves 5 to 13 %, with the empty prompt kept 10 to 14 %. ESD-x and
+  SPEED, which act on words, leave about as much as the original shows.
 - Concept ablation and Forget-Me-Not break other styles when they erase mosaic; SalUn leaves half of
   it. RECE leaves most of the hearts, many more than UCE, on which it builds.
-- One erasure can mislead: one of three ESD-u leaves the heart in 55 % of the images, the other two in
-  none.
+- One erasure can mislead: one of three ESD-u leaves the heart in 55 % of the images, the other two
+  in none.
 - The settings were chosen on the star with seed 0, which is in this table: its rows flatter.
 """
 

@@ -32,11 +32,11 @@ PAPER = {  # Table 2, averages
 FINDINGS = """\
 - ESD-u removes the object in nine of ten images, and ESD-x in fourteen of fifteen. The others lose
   three points, and one; in the paper they lose 15.
-- With ESD-u the circle and the moon resist: about a fifth is left with every seed. The heart resists
-  with one seed of three, in 55 % of the images, and is gone with the other two. A single run
-  couldn't tell the one from the other.
-- Where the empty prompt is kept as well, 0.7 % are left, at most 5 % of any object with any seed, and
-  the others lose no more. So most of what resists is guidance: see the guidance law.
+- With ESD-u the circle and the moon resist: about a fifth is left with every seed. The heart
+  resists with one seed of three, in 55 % of the images, and is gone with the other two. A single
+  run couldn't tell the one from the other.
+- Where the empty prompt is kept as well, 0.7 % are left, at most 5 % of any object with any seed,
+  and the others lose no more. So most of what resists is guidance: see the guidance law.
 """
 
 

@@ -38,8 +38,8 @@ PAPER = {  # section 5.1, by people, from 1 to 5; SLD's setting isn't given
 }
 FINDINGS = """\
 - ESD-x leaves 6 % of the style, most of neon, and the others as they were.
-- The negative prompt and SLD-medium leave a style that the prompt names, and cost the others 13 to 17
-  points. SLD-max removes the style, and more than half of the others.
+- The negative prompt and SLD-medium leave a style that the prompt names, and cost the others 13 to
+  17 points. SLD-max removes the style, and more than half of the others.
 """
 
 

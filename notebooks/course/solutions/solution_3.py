@@ -48,9 +48,9 @@ only 60 % of them showed a star; a paraphrase takes the name's place in the star
 
 Compare in pairs. Both, the circle's and the cross's: 0.05 / 8 is 0.00625. But p covers other images
 of these erasures, and images of one erasure are alike (3.2, below). Of a fourth erasure it says
-nothing. Look at the three: with the circle erased, ESD-u keeps 91, 83 and 79 % of the other objects,
-ESD-x 94, 95 and 96 %, so a fourth is likely to agree. With the cross it is 97, 90 and 93 against 97,
-97 and 98 %, and the first pair is even.
+nothing. Look at the three: with the circle erased, ESD-u keeps 91, 83 and 79 % of the other
+objects, ESD-x 94, 95 and 96 %, so a fourth is likely to agree. With the cross it is 97, 90 and 93
+against 97, 97 and 98 %, and the first pair is even.
 
 Choices. More erasures. The interval is over erasures, and three objects differ by more than the
 rows do, so more images of the same three hardly shorten it. If only images counted, it would take
