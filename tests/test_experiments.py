@@ -1416,6 +1416,10 @@ def test_a_killed_run_goes_on_and_two_processes_give_what_one_gives(tmp_path):
 def test_a_strangers_method_in_the_folder_where_the_command_runs(tmp_path):
     """In several processes, each of which has to find it."""
     (tmp_path / "my_file.py").write_text(STRANGER)
+    process = start(tmp_path, "paraphrase", "--only", "original")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
     words = ["paraphrase", "--only", "original", "mine", "--label", "mine", "--processes", 2]
     process = start(tmp_path, *words, "--method", "my_file:my_erase", "--set", "size=0")
     printed, errors = process.communicate(timeout=300)
