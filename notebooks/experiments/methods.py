@@ -152,18 +152,11 @@ def measured(answers: Answers, model: Model, concept: str) -> Measures:
     answered = [{*answers.seeds(model, concept, ask)} for ask in asks]
     seeds = sorted(set.intersection(*answered))
 
-    in_contexts = []
-    in_scenes = []
-    if elsewhere in asks:
-        in_contexts = gone(answers.shares(model, concept, elsewhere, seeds=seeds))
-    if implied in asks:
-        in_scenes = gone(answers.shares(model, concept, implied, seeds=seeds))
-
     shares = functools.partial(answers.shares, model, concept, seeds=seeds)
     return Measures(
         ua=gone(shares(own.ask, head=own.head)),
-        in_contexts=in_contexts,
-        in_scenes=in_scenes,
+        in_contexts=gone(shares(elsewhere)) if elsewhere in asks else [],
+        in_scenes=gone(shares(implied)) if implied in asks else [],
         ira=shares(own.ask, head=own.head, own=False),
         cra=shares(other.ask, head=other.head, own=False),
     )

@@ -1,9 +1,9 @@
 """The verdict (beyond the paper): erased by name, in contexts, under attack, and at what price?
 
 One row for each method, from the answers of three experiments: methods, robust and ground_truth.
-What an attack brings out is net: less what the same attack brings out of a model
-that never saw the concept, as that part was taught, not recovered. A number is the mean over
-erasures, of all concepts and seeds.
+What an attack brings out is net: less what the same attack brings out of a model that never saw
+the concept, as that part was taught, not recovered. A number is the mean over erasures, of all
+concepts and seeds.
 
 - **by name**, **in contexts**, **implied**, **at g 10**: where the concept is still seen; at g 10
   in the prompt that robust.py attacks.
