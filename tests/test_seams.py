@@ -17,6 +17,8 @@ import erase
 import sample
 from test_erase import by_hand, texts_of
 
+pytestmark = pytest.mark.robustness  # half a minute
+
 ROOT = Path(__file__).parents[1]
 RECIPES = (ROOT / "notebooks" / "methods" / "README.md").read_text()
 README = (ROOT / "README.md").read_text()
@@ -135,7 +137,6 @@ def test_a_look_at_each_step(sd, recipe):
     assert equal(scope["theta"], once)
 
 
-@pytest.mark.robustness  # seconds
 def test_a_loop_of_ones_own_and_a_regulariser(sd, recipe):
     """As a second U-Net becomes, with the pull's derivative added to its gradient."""
     theta = recipe("**A loop of your own**")["theta"]
