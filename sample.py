@@ -45,7 +45,7 @@ class UsageError(ValueError):
 # ---- the model
 
 
-@dataclass
+@dataclass(eq=False)  # so that it can be the key of a cache
 class StableDiffusion:
     """The four parts of a model."""
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Generator
@@ -17,6 +18,7 @@ from notebooks.experiments import (
     core,
     ground_truth,
     layers,
+    methods,
     models,
     replicates,
     robust,
@@ -28,6 +30,7 @@ from notebooks.experiments.core import Answers, Model, Reference
 from notebooks.experiments.stats import Share
 from notebooks.methods import distances, esd
 from notebooks.toy import judge as judging
+from notebooks.toy import world
 
 mine = Model("mine", esd.erase)
 
@@ -94,9 +97,13 @@ def test_fade_is_the_divergence_of_gaussians(sd, spread):
     values = math.prod(sd.latent_shape)
     one, other = gaussian(sd, 0.0, spread), gaussian(sd, 0.3, spread)
     expected = values * 0.3**2 / spread**2
-    assert distances.fade(one, other, "a star", num=512) == pytest.approx(expected, rel=0.12)
-    assert distances.fade(one, one, "a star", num=4) == 0
-    assert distances.fade(other, one, "a star", num=512) == pytest.approx(expected, rel=0.12)
+    own, others = (distances.own_images(each, "a star", num=512) for each in (one, other))
+    ways = distances.fade(own, others)
+    assert ways.shape == (2, 20)
+    assert ways[0].sum().item() == pytest.approx(expected / 2, rel=0.05)  # images around 0
+    assert ways.sum().item() == pytest.approx(expected, rel=0.12)
+    assert torch.equal(distances.fade(others, own), ways.flip(0))
+    assert (distances.fade(own, own) == 0).all()
 
 
 def test_surprise_differs_as_log_likelihoods_do(sd):
@@ -108,7 +115,7 @@ def test_surprise_differs_as_log_likelihoods_do(sd):
     by_seed = []
     for seed in range(20):
         both = [distances.surprise(each, "a star", x_0, seed=seed) for each in (other, one)]
-        by_seed.append((both[0] - both[1]).item())
+        by_seed.append((both[0] - both[1]).sum().item())
     assert statistics.fmean(by_seed) == pytest.approx(expected, rel=0.05)
 
 
@@ -122,9 +129,33 @@ def test_below_is_a_prediction_limit():
     assert stats.below([1.0, 2.0, 3.0]) == pytest.approx(2 + 2.920 * math.sqrt(4 / 3))
     generator = Generator().manual_seed(0)
     draws = torch.randn(4000, 8, generator=generator).tolist()
-    for num in (1, 3):
-        covered = [statistics.fmean(d[5 : 5 + num]) < stats.below(d[:5], num) for d in draws]
-        assert statistics.fmean(covered) == pytest.approx(0.95, abs=0.012)
+    covered = [d[5] < stats.below(d[:5]) for d in draws]
+    assert statistics.fmean(covered) == pytest.approx(0.95, abs=0.012)
+
+
+def test_half_width_is_of_the_deviation_within_groups():
+    """1, 2, 3 and 11, 12, 13: s is 1 with 4 degrees of freedom, t(one-sided 95 %) = 2.132."""
+    assert stats.half_width([[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]]) == pytest.approx(2.132)
+    assert stats.half_width([[1.0, 3.0], [5.0], []]) == pytest.approx(6.314 * math.sqrt(2))
+    assert stats.half_width([[1.0], [2.0], []]) == math.inf
+
+
+def test_the_interval_of_a_difference_covers():
+    """Of erasures that vary, less never-saw models that vary, with 20 images each."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(1500):
+        shares = []
+        for mean, num in ((0.5, 9), (0.2, 6)):
+            p = rng.normal(mean, 0.1, num).clip(0, 1)
+            shares.append([Share(int(hits), 20) for hits in rng.binomial(20, p)])
+        _, low, high = stats.difference(*shares)
+        covered.append(low < 30 < high)
+    assert 0.94 < statistics.fmean(covered) < 0.985
+    none = [Share(0, 20)] * 3
+    mean, low, high = stats.difference(none, none)
+    assert mean == 0 and low == -high == pytest.approx(-6.0, abs=0.1)  # images alone leave so much
+    assert stats.show(stats.difference([], none)) == ""
 
 
 def test_kendalls_tau():
@@ -148,7 +179,7 @@ def test_kendalls_tau():
 def test_pairs_of_the_null_differ_in_the_seed_alone_and_come_once():
     pairs = []
     for several in (ground_truth.NEVER, ground_truth.ORIGINALS):
-        pairs += ground_truth.pairs_among(["star"], several)
+        pairs += ground_truth.pairs_among("star", several)
     assert len(pairs) == 1 + 3
     assert len({frozenset((pair.one.name, pair.other.name)) for pair in pairs}) == len(pairs)
     for pair in pairs:
@@ -158,14 +189,13 @@ def test_pairs_of_the_null_differ_in_the_seed_alone_and_come_once():
     first = ground_truth.NEVER[:1]
     assert [ground_truth.compared_with(models.never_saw, i) for i in (0, 1)] == [[], first]
     assert ground_truth.compared_with(mine, 2) == ground_truth.NEVER
-    assert ground_truth.compared_with(core.original, 1) == []  # the same weights as seed 0
 
 
 def test_every_pair_of_the_tables_is_asked():
     cells = ground_truth.cells(ground_truth.MODELS, ["star"], core.SEEDS)
     asked = {cell.key for cell in cells}
     for several in (ground_truth.NEVER, ground_truth.ORIGINALS):
-        for pair in ground_truth.pairs_among(["star"], several):
+        for pair in ground_truth.pairs_among("star", several):
             ask = ground_truth.distance("star", pair.other)
             assert core.cell_of(pair.one.model, "star", pair.one.seed, ask).key in asked
     trained = {(cell.model.label, cell.seed) for cell in cells if cell.model.folder}
@@ -173,12 +203,28 @@ def test_every_pair_of_the_tables_is_asked():
         ("never saw it", 0), ("never saw it", 1),
         ("original, trained again", 1), ("original, trained again", 2),
     }
+    # the same weights with every seed
+    for model in (models.original, models.uce_, models.rece_, models.speed_):
+        assert {cell.seed for cell in cells if cell.model == model} == {0}
+    of_never = {cell.ask.name for cell in cells if cell.model == models.never_saw}
+    assert {ask.name for ask in (core.by_name, core.in_styles, core.elsewhere)} < of_never
+    assert methods.cost.name not in of_never  # of what it took to erase
+
+
+@pytest.mark.parametrize("model", models.closed_forms, ids=lambda model: model.label)
+def test_closed_forms_dont_depend_on_the_seed(model, sd):
+    thetas = [
+        model.method(sd, {"star": "a picture"}, keep=["moon"], seed=seed, **model.settings)
+        for seed in (0, 1)
+    ]
+    assert all(torch.equal(W, thetas[1][name]) for name, W in thetas[0].items())
 
 
 def made_up() -> Answers:
     """Returns answers with known distances of eps.
 
-    0.1 between models that never saw it, 0.05 between originals, mine 0.2 and 0.4 from the first.
+    0.1 between models that never saw a star, 0.2 for a heart; 0.05 and 0.1 between originals;
+    mine 0.2 and 0.4 from the first.
     """
     answered = []
 
@@ -188,16 +234,19 @@ def made_up() -> Answers:
         answered.append((core.cell_of(model, concept, seed, ask), looks))
         for against in ground_truth.compared_with(model, seed):
             ask = ground_truth.distance(concept, against)
-            distance = {"eps": [eps, eps], "FADE": 10 * eps}
+            distance = {"eps": [eps, eps], "FADE": [[4 * eps, eps], [2 * eps, 3 * eps]]}
             answered.append((core.cell_of(model, concept, seed, ask), distance))
 
     add(core.original, 0, stars=50, eps=0.3)
-    for seed in models.again.seeds:
-        add(models.again, seed, stars=50, eps=0.05)
-    for concept, seed in itertools.product(ground_truth.CONCEPTS, models.never_saw.seeds):
-        add(models.never_saw, seed, stars=0, eps=0.1, concept=concept)
+    for seed, eps in zip(models.again.seeds, (0.05, 0.1)):
+        add(models.again, seed, stars=50, eps=eps)
+    for seed in models.never_saw.seeds:
+        add(models.never_saw, seed, stars=0, eps=0.1)
+        add(models.never_saw, seed, stars=0, eps=0.2, concept="heart")
+        add(models.never_saw, seed, stars=seed, eps=0.2, concept="mosaic")
     add(mine, 0, stars=5, eps=0.2)
     add(mine, 1, stars=10, eps=0.4)
+    add(mine, 0, stars=0, eps=0.2, concept="heart")
     return answers_of(*answered)
 
 
@@ -207,26 +256,73 @@ def test_an_erasure_is_one_value_however_many_it_is_compared_with():
     assert of_mine == pytest.approx([0.2, 0.4])
     by_name = ground_truth.of_erasures(answers, mine, "star", name="by name")
     assert by_name == pytest.approx([0.1, 0.2])  # 5 and 10 of 50 stars against none
-    assert ground_truth.null(answers, "eps") == pytest.approx([0.1] * 3)  # no originals
-    assert ground_truth.null(answers, "by name") == [0] * 3
-    assert ground_truth.in_units(answers, mine, "star") == pytest.approx(3)
-    assert ground_truth.in_units(answers, mine, "heart") is None
+    fade = ground_truth.of_erasures(answers, mine, "star", name="FADE, nats")
+    assert fade == pytest.approx([2, 4])  # all terms, both ways
+    of_originals = ground_truth.of_erasures(answers, core.original, "star", name="eps")
+    assert of_originals == pytest.approx([0.3, 0.05, 0.1])
+
+
+def test_the_unit_is_the_null_of_the_same_concept():
+    answers = made_up()
+    assert ground_truth.null(answers, "eps", "star") == pytest.approx([0.1])  # no originals
+    assert ground_truth.in_units(answers, mine, "star", name="eps") == pytest.approx([2, 4])
+    assert ground_truth.in_units(answers, mine, "heart", name="eps") == pytest.approx([1])
+    assert ground_truth.in_units(answers, mine, "mosaic", name="eps") == []
+
+
+def test_the_limit_is_of_how_originals_vary():
+    """Log distances .05, .1, .1: s with 2 degrees of freedom, t 2.920."""
+    answers = made_up()
+    logs = [math.log(0.05), math.log(0.1), math.log(0.1)]
+    expected = math.exp(2.920 * statistics.stdev(logs) * math.sqrt(2))
+    assert ground_truth.limit(answers, "eps") == pytest.approx(expected)
+    assert ground_truth.is_within(answers, mine, "star", "eps")
+    assert ground_truth.is_within(answers, mine, "mosaic", "eps") is None
+    # of total variations: 0, 0 and, for mosaic, 0 again: no style was seen
+    assert ground_truth.limit(answers, "by name") == 0
+    assert not ground_truth.is_within(answers, mine, "star", "by name")
+    assert ground_truth.limit(answers, "in scenes") == math.inf
+
+
+def test_scenes_are_compared_between_unequal_seeds_alone():
+    """Images of equal seeds start from equal noises."""
+    num = len(core.wanted_by(core.scenes()))
+    letters = {"object": seen(0, num), "style": "a" * num, "colour": "a" * num}
+    cells = [core.cell_of(models.never_saw, "star", seed, core.implied) for seed in (0, 1)]
+    answers = answers_of(*((cell, letters) for cell in cells))
+    zero, one = ground_truth.NEVER
+    assert ground_truth.in_scenes(answers, ground_truth.Pair("star", one, zero)) == 0
+    assert ground_truth.in_scenes(answers, ground_truth.Pair("star", one, one)) is None
+
+
+def test_all_models_portraits_start_from_the_same_noises(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(core, "to_letters", lambda judge, images: {})
+    context = core.Context(None, judge=None, base="", judged_by="", run=None, quick=False)
+    monkeypatch.setattr(
+        core.Context, "draw", lambda self, sd, cell, prompts: drawn.append((cell.seed, prompts))
+    )
+    for model, seed in ((mine, 2), (models.never_saw, 1)):
+        cell = core.cell_of(model, "star", seed, ground_truth.portrait("star"))
+        ground_truth.draw_fifty(context, None, cell)
+    assert drawn == [(0, ["a star"] * 50)] * 2
 
 
 def test_the_table_says_which_distances_are_within_the_null():
     table = ground_truth.table(made_up(), [core.original, mine, models.again, models.never_saw])
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    by_label = {row[1]: row for row in rows[2:]}
+    by_label = {row[1]: row for row in rows[2:] if row[0] in ("star", "all")}
     assert by_label["mine"][2] == "0.300 (-0.971 to 1.571)"
-    assert by_label["mine"][6:] == ["3.00", "0 of 3"]
-    assert by_label["original"][2] == "0.300"
-    assert by_label["*the null's limit, for 3 seeds*"][2] == "0.100"
-    assert by_label["*never saw it, 3 pairs of seeds*"][2] == "0.100 (0.100 to 0.100)"
-    assert by_label["*original, 3 pairs of seeds*"][2].startswith("0.050")
+    assert by_label["mine"][3].startswith("3.00 (")
+    assert by_label["mine"][-1] == "eps, FADE"
+    assert by_label["*pairs of never saw it*"][2:4] == ["0.100", "1.00"]
+    assert by_label["*pairs of original*"][3].startswith("0.83 (")
+    assert by_label["*limit of the null*"][3] == f"{ground_truth.limit(made_up(), 'eps'):.2f}"
     assert "never saw it" not in by_label
+    assert "original, trained again" not in by_label
 
 
-def test_without_trained_models_the_table_is_empty():
+def test_without_trained_models_the_table_has_no_unit():
     ask = ground_truth.portrait("star")
     answers = answers_of((core.cell_of(mine, "star", 0, ask), {"object": seen(3, 50)}))
     assert len(ground_truth.table(answers, [core.original, mine]).splitlines()) == 2
@@ -237,8 +333,12 @@ def test_rendered_images_show_the_concept_and_are_always_the_same():
     assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
     judge = judging.load(core.TOY)
     assert [look["object"] for look in judging.read(judge, first)] == ["star", "star"]
-    mosaic = judging.read(judge, ground_truth.rendered("mosaic", 2))
-    assert [look["style"] for look in mosaic] == ["mosaic", "mosaic"]
+    mosaic = ground_truth.rendered("mosaic", 8)
+    assert {look["style"] for look in judging.read(judge, mosaic)} == {"mosaic"}
+    rng = np.random.default_rng(0)
+    examples = [world.draw(rng) for _ in range(200)]
+    works = {example.image.tobytes() for example in examples if example.work}
+    assert works and works.isdisjoint(image.tobytes() for image in mosaic)
 
 
 # ---- the verdict
@@ -265,7 +365,10 @@ def test_recovery_is_net_of_what_an_attack_teaches():
     assert verdict.score(answers, erasure) is None  # nothing is known of the others
     row = verdict.row(answers, mine, ("star",))
     titles = [*verdict.SHARES, *verdict.ATTACKS]
-    assert row[titles.index("learned words")] == "45.0"
+    net = stats.show(robust.net(answers, mine, ["star"], "learned words"))
+    assert row[titles.index("learned words")] == net and net.startswith("45.0 (")
+    assert robust.net(answers, mine, ["star", "heart"], "learned words").mean == pytest.approx(45)
+    assert "| star | mine | 5.0 (" in robust.table(answers, [mine, models.never_saw])
     assert row[titles.index("at g 10")] == "0.0 (0 to 16)"  # of robust.py's images
     assert row[titles.index("by name")] == ""
 
@@ -321,7 +424,11 @@ def test_groups_hold_every_edited_tensor_once_each_way(sd):
     assert layers.block_of("up_blocks.1.resnets.0.conv1.weight") == "up 1"
     assert layers.block_of("mid_block.resnets.0.conv1.weight") == "mid"
     assert layers.block_of("conv_in.weight") == layers.OUTSIDE
-    assert sorted(t for times in layers.THIRDS.values() for t in times) == [*range(1000)]
+    covered = [range(last, first + 1) for first, last in layers.THIRDS.values()]
+    assert sorted(itertools.chain(*covered)) == [*range(1000)]
+    used = core.sources_used(layers.patch)
+    assert {"THIRDS", "DIRECTIONS"} <= {*used}  # with other ones, the answers are stale
+    assert not {"EFFECTS", "effects", "table"} & {*used}  # tables may change freely
 
 
 def test_a_patch_of_everything_is_the_edited_model_and_of_nothing_the_original(
@@ -364,22 +471,47 @@ def test_the_change_of_a_matrix():
     before = torch.eye(4)
     direction = torch.tensor([1.0, 2.0, 0.0, 2.0])
     change = layers.change_of(before, before + 0.1 * direction.outer(direction))
-    assert change == pytest.approx((0.1 * 9 / 2, 1, 1))
-    change = layers.change_of(before, 2 * before)  # four equal directions
-    assert change == pytest.approx((1, 0.25, 4))
+    assert change.size == pytest.approx(0.1 * 9 / 2)
+    assert change.along == pytest.approx([1] * 7)
+    four = layers.change_of(before, 2 * before)  # equal directions
+    assert four.size == pytest.approx(1)
+    assert four.along == pytest.approx([0.25, 0.5, 1, 1, 1, 1, 1])
+    assert layers.mean_of([change, four]).along[0] == pytest.approx(0.625)
+
+
+def patched_answer(by_name: dict[str, int], all_but: dict[str, int]) -> dict:
+    """Returns an answer of layers.py with so many stars of 20 in each group."""
+    def letters(counts: dict[str, int]) -> dict:
+        return {g: {"by name": seen(n), "in scenes": seen(0)} for g, n in counts.items()}
+
+    change = {"size": 0.02, "along": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0]}
+    return {
+        layers.ONLY: letters(by_name), layers.ALL_BUT: letters(all_but),
+        "weights": {"mid": 1234}, "change": {"cross-attention": change},
+    }
+
+
+def test_effects_are_counted_from_the_model_that_was_patched():
+    """The original shows 20 stars and the edited model 2: "mid" alone leaves 15, without it 8."""
+    answer = patched_answer({"none": 20, "mid": 15}, {"none": 2, "mid": 8})
+    found = {("star", 0): answer}
+    assert layers.effects(found, layers.ONLY, group="mid", where="by name") == [25]
+    assert layers.effects(found, layers.ALL_BUT, group="mid", where="by name") == [30]
+    for how in layers.EFFECTS:
+        assert layers.effects(found, how, group="none", where="by name") == [90]
+        assert layers.effects(found, how, group="up 1", where="by name") == []
 
 
 def test_the_table_of_patches_counts_erasures():
-    patched = {"by name": seen(5), "in scenes": seen(10)}
-    answer = {
-        layers.ONLY: {"none": patched, "mid": patched},
-        layers.ALL_BUT: {"none": patched, "mid": patched},
-        "change": {"cross-attention": [0.02, 0.5, 3.0]},
-    }
-    cells = [core.cell_of(mine, "star", seed, layers.patches("star")) for seed in (0, 1)]
-    table = layers.table(answers_of(*((cell, answer) for cell in cells)), [mine])
-    assert "| mine | mid | 25.0 (14 to 40) | 50.0 (35 to 65) |" in table
-    assert "| mine | cross-attention | 2.0 | 50 | 3.0 |" in table
+    answered = []
+    for seed, left in ((0, 15), (1, 13)):
+        cell = core.cell_of(mine, "star", seed, layers.patches("star"))
+        answer = patched_answer({"none": 20, "mid": left}, {"none": 2, "mid": 8})
+        answered.append((cell, answer))
+    table = layers.table(answers_of(*answered), [mine])
+    assert "| mine | mid | 1,234 | 30.0 (-33.5 to 93.5) | 0.0 | 30.0 | 0.0 |" in table
+    assert "| mine | **all** |  | 90.0 | 0.0 | 90.0 | 0.0 |" in table
+    assert "| mine | cross-attention | 2.0 | 50 | 70 | 90 |" in table
 
 
 # ---- replicates
@@ -396,12 +528,15 @@ def test_what_is_trained_is_where_experiments_look(tmp_path, monkeypatch):
     assert known["again_2"].folder.as_posix() == "runs/original_2/model"
     assert known["censored"].folder.as_posix() == models.censored.folder
     assert len({each.folder for each in known.values()}) == len(known)
+    taken = [seed for each in known.values() for seed in (each.seed, each.seed + 1)]
+    assert len({*taken}) == len(taken)  # by a training and its second half
 
     trained = []
     monkeypatch.setattr(replicates.train, "run", trained.append)
     replicates.train_one(known["heart_1"], original=core.ROOT / core.TOY, unet_steps=9)
     (args,) = trained
-    assert args.without == ["heart"] and args.seed == 1 and args.unet_steps == 9
+    assert args.without == ["heart"] and args.seed == known["heart_1"].seed
+    assert args.unet_steps == 9
     assert args.stages == ["unet"] and args.out == known["heart_1"].folder
     assert (args.out / "vae").is_dir() and not (args.out / "unet").exists()
     assert not known["heart_1"].is_trained

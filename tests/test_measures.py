@@ -239,15 +239,6 @@ def test_the_table_of_attacks_with_and_without_a_retrained_model():
     assert never[9:] == ["over 10 (over 10 to over 10)"]
 
 
-def test_censored_training_is_attacked_for_what_it_left_out_only():
-    cells = robust.cells(robust.MODELS, robust.CONCEPTS, [0])
-    of_censored = {cell.concepts for cell in cells if cell.model == robust.CENSORED}
-    assert of_censored == {("star",), ("heart",)}
-    assert {cell.ask.about for cell in cells if cell.model == robust.ORIGINAL} == {
-        "star", "heart", "mosaic"
-    }
-
-
 # ---- methods: the measures
 
 

@@ -585,7 +585,7 @@ class Context(NamedTuple):
     def load(self, model: Model, concepts: tuple[str, ...], seed: int) -> StableDiffusion:
         """Returns a model with its weights; an erasure is made when it is first asked for."""
         if model.folder:
-            return sample.load(model.folder.format(concept="+".join(concepts), seed=seed))
+            return load_trained(model.folder.format(concept="+".join(concepts), seed=seed))
         if model.file:
             return sample.load_erased(self.sd, Path(model.file))
         if not model.method:
@@ -643,6 +643,12 @@ class Context(NamedTuple):
         sd = self.load(cell.model, cell.concepts, cell.seed)
         blank = Image.new("RGB", (world.SIZE, world.SIZE), "white")
         return [blank, *self.draw(sd, cell, prompts)]
+
+
+@functools.lru_cache(maxsize=2)  # what erasures are compared with, one after the other
+def load_trained(folder: str) -> StableDiffusion:
+    """Loads a model that was trained elsewhere."""
+    return sample.load(folder)
 
 
 @functools.cache

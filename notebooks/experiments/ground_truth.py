@@ -1,23 +1,30 @@
 """Ground truth with a scale (beyond the paper): is an erased model like one that never saw it?
 
 A U-Net that never saw the concept is what an erasure should come to. (The text encoder and the
-VAE are the original's, and did see it.) Two of these, trained with other seeds, differ as well.
-Their distances, of all concepts, are the null: an erasure is within it if its distance from the
-models that never saw the concept is below the 95 % limit for as many distances of the kind
-(Student's t). With few models that limit is wide, and being below it is no proof of being equal.
-How far originals are apart that were trained with other seeds is there to compare. Distances, all
-for the concept's own prompt:
+VAE are the original's, and did see it.) Two of these, trained from other random numbers, differ
+as well: how far they are apart is the null. Distances, all for the concept's own prompt:
 
 - **eps**: the mean of abs(eps - eps') on the same noised images, rendered ones that show the
   concept, at five times each.
-- **by name**, **in scenes**: the total variation between what the judge sees in 50 images of
-  the prompt, and in those of the held-out scenes (0: the same; 1: nothing in common).
 - **FADE**: by how many nats each model knows its own images better than the other does, after
   [Cho et al.](https://arxiv.org/abs/2510.12981), on latents drawn without guidance
   ([`methods/distances.py`](../methods/distances.py)).
+- **by name**: the total variation between what the judge sees in 50 images of the prompt, from
+  the same noises for all models (0: the same; 1: nothing in common).
+- **in scenes**: the same for the held-out scenes. Images of equal seeds start from equal noises
+  and look more alike, so only pairs of unequal seeds count.
 
-Each erasure is compared with each model that never saw the concept. The models to compare
-with are trained first, 50 minutes each: `python -m notebooks.experiments.replicates`.
+Each erasure is compared with both models that never saw its concept. Eps and FADE are also given
+in units of the null: 1 is as far as these two are from each other. How much such a distance
+varies, three originals say that were trained from other random numbers: s is the standard
+deviation of the log of their distances within a concept. An erasure is **within the null** if it
+is less than exp(t s sqrt(2)) units away (Student's t for 95 %, one-sided; sqrt(2), since the unit
+is a single pair). Of total variations, the limit is Student's for one more pair, from those of all
+concepts; in scenes there are too few for one. Even two sets of 50 images from one model that
+draws ten objects equally often are .2 apart.
+
+The models to compare with are trained first, 50 minutes each: `python -m
+notebooks.experiments.replicates`. Closed forms are one erasure, whatever the seed.
 """
 
 import functools
@@ -25,12 +32,12 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from notebooks.experiments import core, figures, models, robust, stats
+from notebooks.experiments import core, figures, methods, models, robust, stats
 from notebooks.experiments.core import (
     Answers,
     Ask,
@@ -61,21 +68,22 @@ ORIGINALS = [Reference(ORIGINAL, 0), *(Reference(AGAIN, seed) for seed in AGAIN.
 
 
 def rendered(concept: str, num: int) -> list[Image.Image]:
-    """Returns images of the world that show a concept, always the same."""
+    """Returns images of the world that show a concept, and no memorised work: always the same."""
     rng = np.random.default_rng(0)
     kind = core.kind_of(concept)
     images = []
     while len(images) < num:
         example = world.draw(rng)
-        if getattr(example, kind) == concept:
+        if getattr(example, kind) == concept and not example.work:
             images.append(example.image)
     return images
 
 
 def draw_fifty(context: Context, sd: StableDiffusion, cell: Cell) -> dict[str, str]:
-    """Draws 50 images of a concept's prompt; returns what the judge sees."""
+    """Draws 50 images of a concept's prompt, from the same noises for all models."""
     prompts = [prompt_of(cell.ask.about)] * context.num(50)
-    return core.to_letters(context.judge, context.draw(sd, cell, prompts))
+    images = context.draw(sd, cell._replace(seed=0), prompts)
+    return core.to_letters(context.judge, images)
 
 
 def portrait(concept: str) -> Ask:
@@ -83,16 +91,29 @@ def portrait(concept: str) -> Ask:
     return Ask(f"fifty of {concept}", answer=draw_fifty, uses=(prompt_of,), about=concept)
 
 
+# each process needs an erasure's and both references' for two distances in a row
+@functools.lru_cache(maxsize=4)
+def own_images(
+    sd: StableDiffusion, prompt: str, num: int, seed: int
+) -> distances.OwnImages:
+    """Draws what FADE compares."""
+    return distances.own_images(sd, prompt, num=num, seed=seed)
+
+
 def measure_distances(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
-    """Returns eps, at each time, and FADE, from the model that a cell is compared with."""
+    """Returns eps, at each time, and FADE's terms, from the model that a cell is compared with."""
     concept = cell.ask.about
     model, seed = cell.ask.against
     other = context.load(model, (concept,), seed=seed)
     prompt = prompt_of(concept)
+
     x_0 = context.sd.encode_images(rendered(concept, context.num(8)))
+    own = own_images(sd, prompt, num=context.num(32), seed=cell.seed)
+    others = own_images(other, prompt, num=context.num(32), seed=seed)
+    terms = distances.fade(own, others).tolist()
     return {
         "eps": distances.eps_distances(sd, other, prompt, x_0),
-        "FADE": distances.fade(sd, other, prompt, num=context.num(32), seed=cell.seed),
+        "FADE": [[round(term, 3) for term in of_one] for of_one in terms],
     }
 
 
@@ -111,7 +132,27 @@ def compared_with(model: Model, seed: int) -> list[Reference]:
         return NEVER[: NEVER.index(own)]
     if own in ORIGINALS:
         return [*NEVER, *ORIGINALS[: ORIGINALS.index(own)]]
-    return NEVER if model != ORIGINAL else []  # its weights are the same with every seed
+    return NEVER
+
+
+def has_one_seed(model: Model) -> bool:
+    """Whether a model's weights are the same with every seed."""
+    return model == ORIGINAL or model in models.closed_forms
+
+
+def asks_of(model: Model, seed: int, concept: str) -> list[Ask]:
+    """Returns what a model is asked about a concept.
+
+    One that never saw it is also asked what methods.py asks, for the verdict.
+    """
+    asks = [distance(concept, against) for against in compared_with(model, seed)]
+    asks.append(portrait(concept))
+    if concept in core.IMPLIED:
+        asks.append(implied)
+    if model == NEVER_SAW:
+        of_methods = methods.cells([model], [concept], [seed])
+        asks += [cell.ask for cell in of_methods if cell.ask != methods.cost]
+    return asks
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
@@ -119,10 +160,9 @@ def cells(models, concepts, seeds) -> list[Cell]:
     for concept in concepts:
         erased = core.as_tuple(concept)
         for model, seed, each in itertools.product(models, seeds, erased):
-            asks = [distance(each, against) for against in compared_with(model, seed)]
-            asks.append(portrait(each))
-            if each in core.IMPLIED:
-                asks.append(implied)
+            if has_one_seed(model) and seed != SEEDS[0]:
+                continue
+            asks = asks_of(model, seed, each)
             for cell in core.grid([model], [erased], asks=asks, seeds=[seed]):
                 found[cell.key] = cell
     return [*found.values()]
@@ -158,11 +198,20 @@ def total_variation(answers: Answers, pair: Pair, ask: Ask) -> float | None:
     return stats.total_variation(*both) if all(both) else None
 
 
-def measured(answers: Answers, pair: Pair, key: str) -> float | None:
-    """Returns a stored distance; the mean, if there are several."""
+def measured(answers: Answers, pair: Pair) -> dict | None:
+    """Returns the stored distances of a pair."""
     ask = distance(pair.concept, against=pair.other)
-    found = answers.get(pair.one.model, pair.concept, ask, seed=pair.one.seed)
-    return found and statistics.fmean(np.atleast_1d(found[key]))
+    return answers.get(pair.one.model, pair.concept, ask, seed=pair.one.seed)
+
+
+def eps(answers: Answers, pair: Pair) -> float | None:
+    found = measured(answers, pair)
+    return found and statistics.fmean(found["eps"])
+
+
+def fade(answers: Answers, pair: Pair) -> float | None:
+    found = measured(answers, pair)
+    return found and sum(map(sum, found["FADE"]))
 
 
 def by_name(answers: Answers, pair: Pair) -> float | None:
@@ -170,34 +219,31 @@ def by_name(answers: Answers, pair: Pair) -> float | None:
 
 
 def in_scenes(answers: Answers, pair: Pair) -> float | None:
-    is_implied = pair.concept in core.IMPLIED
-    return total_variation(answers, pair, implied) if is_implied else None
+    is_comparable = pair.concept in core.IMPLIED and pair.one.seed != pair.other.seed
+    return total_variation(answers, pair, implied) if is_comparable else None
 
 
-DISTANCES: dict[str, Callable[[Answers, Pair], float | None]] = {
-    "eps": functools.partial(measured, key="eps"),
-    "by name": by_name,
-    "in scenes": in_scenes,
-    "FADE, nats": functools.partial(measured, key="FADE"),
-}
+Distance = Callable[[Answers, Pair], float | None]
+IN_UNITS: dict[str, Distance] = {"eps": eps, "FADE, nats": fade}
+VARIATIONS: dict[str, Distance] = {"by name": by_name, "in scenes": in_scenes}
+DISTANCES = IN_UNITS | VARIATIONS
 
 
 def pairs_of(answers: Answers, model: Model, concept: str) -> list[Pair]:
     """Returns a model's erasures, each with each model that never saw the concept."""
-    found = []
-    for seed in answers.seeds(model, concept, portrait(concept)):
-        for never in NEVER:
-            if never in compared_with(model, seed):
-                found.append(Pair(concept, Reference(model, seed), never))
-    return found
+    if model == ORIGINAL:
+        several = ORIGINALS
+    else:
+        seeds = answers.seeds(model, concept, portrait(concept))
+        several = [Reference(model, seed) for seed in seeds]
+    return [Pair(concept, one, never) for one in several for never in NEVER]
 
 
-def pairs_among(concepts: Iterable[str], several: list[Reference]) -> list[Pair]:
-    """Returns all pairs of models that differ in their seed alone."""
+def pairs_among(concept: str, several: list[Reference]) -> list[Pair]:
+    """Returns all pairs of models that differ in their random numbers alone."""
     found = []
-    for concept in concepts:
-        for i, one in enumerate(several):
-            found += [Pair(concept, one, other) for other in several[:i]]
+    for i, one in enumerate(several):
+        found += [Pair(concept, one, other) for other in several[:i]]
     return found
 
 
@@ -207,55 +253,97 @@ def values(answers: Answers, pairs: list[Pair], name: str) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def null(answers: Answers, name: str) -> list[float]:
-    """Returns the distances among models that never saw a concept, of all concepts."""
-    return values(answers, pairs_among(CONCEPTS, NEVER), name=name)
-
-
-# ---- the table and the figure
-
-
 def of_erasures(answers: Answers, model: Model, concept: str, name: str) -> list[float]:
     """Returns a distance for each erasure: the mean over the models that never saw it.
 
     An erasure is what varies; two distances from one erasure are no two erasures.
     """
-    by_seed = {}
+    by_erasure = {}
     for pair in pairs_of(answers, model, concept):
         for value in values(answers, [pair], name=name):
-            by_seed.setdefault(pair.one.seed, []).append(value)
-    return [statistics.fmean(several) for several in by_seed.values()]
+            by_erasure.setdefault(pair.one.name, []).append(value)
+    return [statistics.fmean(several) for several in by_erasure.values()]
 
 
-def estimate_text(several: list[float]) -> str:
+# ---- the null
+
+
+def null(answers: Answers, name: str, concept: str) -> list[float]:
+    """Returns the distances among models that never saw a concept."""
+    return values(answers, pairs_among(concept, NEVER), name=name)
+
+
+def in_units(answers: Answers, model: Model, concept: str, name: str) -> list[float]:
+    """Returns the distance of each erasure over the null: 1 is as near as two of these."""
+    unit = null(answers, name, concept)
+    if not unit:
+        return []
+    several = of_erasures(answers, model, concept, name=name)
+    return [value / statistics.fmean(unit) for value in several]
+
+
+def limit(answers: Answers, name: str) -> float:
+    """Returns what a distance from the null stays below in 95 % of cases: see above.
+
+    In units of the null for eps and FADE. Infinite, if too little is stored.
+    """
+    if name in IN_UNITS:
+        logs = []
+        for concept in CONCEPTS:
+            pairs = pairs_among(concept, ORIGINALS)
+            logs.append([math.log(value) for value in values(answers, pairs, name=name)])
+        return math.exp(math.sqrt(2) * stats.half_width(logs))
+
+    of_all = [value for concept in CONCEPTS for value in null(answers, name, concept)]
+    return stats.below(of_all) if len(of_all) > 2 else math.inf
+
+
+def is_within(answers: Answers, model: Model, concept: str, name: str) -> bool | None:
+    """Returns whether a method's erasures are within the null on average; None if unknown."""
+    distance_of = in_units if name in IN_UNITS else of_erasures
+    several = distance_of(answers, model, concept, name=name)
+    upper = limit(answers, name)
+    return statistics.fmean(several) <= upper if several and upper < math.inf else None
+
+
+# ---- the table and the figure
+
+
+def estimate_text(several: list[float], digits: int = 3) -> str:
     """Returns the mean with its interval over erasures: "0.131 (0.120 to 0.142)"."""
+    texts = [f"{value:.{digits}f}" for value in stats.student(several)] if several else []
     if len(several) < 2:
-        return f"{several[0]:.3f}" if several else ""
-    mean, low, high = stats.student(several)
-    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
-
-
-def in_units(answers: Answers, model: Model, concept: str) -> float | None:
-    """Returns the distance of eps over the mean of the null: 1 is as near as two of these."""
-    several = of_erasures(answers, model, concept, name="eps")
-    scale = null(answers, "eps")
-    return statistics.fmean(several) / statistics.fmean(scale) if several and scale else None
+        return "".join(texts[:1])
+    return "{} ({} to {})".format(*texts)
 
 
 def row(answers: Answers, model: Model, concept: str) -> list[str]:
     """Returns a row of the table, without the model and the concept."""
     cells = []
-    near = []
     for name in DISTANCES:
-        several = of_erasures(answers, model, concept, name=name)
-        cells.append(estimate_text(several))
-        limit = stats.below(null(answers, name), num=len(several)) if several else math.inf
-        if limit < math.inf:
-            near.append(statistics.fmean(several) <= limit)
-    units = in_units(answers, model, concept)
-    cells.append("" if units is None else f"{units:.2f}")
-    cells.append(f"{sum(near)} of {len(near)}" if near else "")
+        cells.append(estimate_text(of_erasures(answers, model, concept, name=name)))
+        if name in IN_UNITS:
+            units = in_units(answers, model, concept, name=name)
+            cells.append(estimate_text(units, digits=2))
+
+    within = {name: is_within(answers, model, concept, name=name) for name in DISTANCES}
+    known = [name for name in within if within[name] is not None]
+    near = [name.removesuffix(", nats") for name in known if within[name]]
+    cells.append((", ".join(near) or "nothing") if known else "")
     return cells
+
+
+def row_of_pairs(answers: Answers, concept: str, several: list[Reference]) -> list[str]:
+    """Returns the distances of models that differ in their random numbers alone."""
+    cells = []
+    for name in DISTANCES:
+        found = values(answers, pairs_among(concept, several), name=name)
+        cells.append(estimate_text(found))
+        if name in IN_UNITS:
+            unit = null(answers, name, concept)
+            mean = statistics.fmean(unit) if unit else math.nan
+            cells.append(estimate_text([value / mean for value in found if unit], digits=2))
+    return [*cells, ""]
 
 
 def table(answers: Answers, models: list[Model]) -> str:
@@ -264,21 +352,27 @@ def table(answers: Answers, models: list[Model]) -> str:
     for concept in CONCEPTS:
         for model in models:
             cells = row(answers, model, concept)
-            if model != NEVER_SAW and any(cells):
+            if model not in (NEVER_SAW, AGAIN) and any(cells):
                 rows.append([concept, model.label, *cells])
+        for name, several in (("never saw it", NEVER), ("original", ORIGINALS)):
+            cells = row_of_pairs(answers, concept, several)
+            if any(cells):
+                rows.append([concept, f"*pairs of {name}*", *cells])
 
-    for name, several in (("never saw it", NEVER), ("original", ORIGINALS)):
-        pairs = pairs_among(CONCEPTS, several)
-        num = len(values(answers, pairs, name="eps"))
-        cells = [estimate_text(values(answers, pairs, name=each)) for each in DISTANCES]
-        if num:
-            rows.append(["all", f"*{name}, {num} pairs of seeds*", *cells, "", ""])
-    limits = [stats.below(null(answers, name), num=len(SEEDS)) for name in DISTANCES]
-    if any(value < math.inf for value in limits):
-        texts = [f"{value:.3f}" if value < math.inf else "" for value in limits]
-        rows.append(["all", f"*the null's limit, for {len(SEEDS)} seeds*", *texts, "", ""])
-    header = ["concept", "erased by", *DISTANCES, "eps, in units of the null", "within the null"]
-    return core.table(header, rows)
+    limits = []
+    for name in DISTANCES:
+        upper = limit(answers, name)
+        text = f"{upper:.2f}" if upper < math.inf else ""
+        limits += ["", text] if name in IN_UNITS else [text]
+    if any(limits):
+        rows.append(["all", "*limit of the null*", *limits, ""])
+
+    header = ["concept", "erased by"]
+    for name in DISTANCES:
+        header.append(name)
+        if name in IN_UNITS:
+            header.append("in units of the null")
+    return core.table([*header, "within the null"], rows)
 
 
 def figure(answers: Answers, models: list[Model]) -> figures.Figure:
@@ -286,13 +380,17 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
     panels = {}
     bands = {}
     for name in DISTANCES:
-        panels[name] = {}
-        for concept in CONCEPTS:
-            for model in models:
-                several = of_erasures(answers, model, concept, name=name)
-                if several:
-                    panels[name][f"{model.label}, {concept}"] = stats.student(several)
-        of_null = null(answers, name)
-        if len(of_null) > 1:
-            bands[name] = stats.Interval(min(of_null), stats.below(of_null))
-    return figures.estimates({name: rows for name, rows in panels.items() if rows}, bands)
+        scaled = name in IN_UNITS
+        title = f"{name.removesuffix(', nats')}, in units of the null" if scaled else name
+        distance_of = in_units if scaled else of_erasures
+        rows = {}
+        for concept, model in itertools.product(CONCEPTS, models):
+            several = distance_of(answers, model, concept, name=name)
+            if several and model not in (NEVER_SAW, AGAIN):
+                rows[f"{model.label}, {concept}"] = stats.student(several)
+        upper = limit(answers, name)
+        if rows:
+            panels[title] = rows
+            if upper < math.inf:
+                bands[title] = stats.Interval(0, upper)
+    return figures.estimates(panels, bands)

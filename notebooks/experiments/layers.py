@@ -2,14 +2,19 @@
 
 The edited tensors of one group are put into the original (`only these`), and the original's back
 into the edited model (`all but these`). Groups are kinds of layers, blocks of the U-Net, and
-thirds of the sampling: there, one model makes some of the steps and the other one the rest. A
-group that matters leaves little of the concept where only it is edited, and brings it back
-where all else is. Does self-attention decide what prompts only imply
-([arXiv 2604.06052](https://arxiv.org/abs/2604.06052))?
+thirds of the sampling: there, one model makes three or four of the ten steps and the other one
+the rest. What a group does is counted in points, with the same noises before and after:
+
+- **erases alone**: by how much fewer of the original's images show the concept with these edited;
+- **brings back**: by how much more of the edited model's do with these as they were.
+
+The first line of each model is all of its weights. A group can matter for its size alone, so the
+number of its weights is there. Does self-attention decide what prompts only imply
+([arXiv 2604.06052](https://arxiv.org/abs/2604.06052))? ESD-u can compare it with ResNet blocks, but
+not with cross-attention, which ESD-x alone edits.
 
 The second table is about the change itself, theta - theta*: how large it is, next to the
-weights; which share of its square lies along its first singular direction; and how many
-directions hold 90 % of it.
+weights, and which share of its square lies along its first 1, 4 and 16 singular directions.
 """
 
 import functools
@@ -28,8 +33,8 @@ from notebooks.toy import world
 from notebooks.toy.world import with_article
 from sample import StableDiffusion
 
-MODELS = [models.esd_x(), models.esd_u(), models.kept()]
-CONCEPTS = ("star", "heart", "moon", "arrow")  # those that scenes imply
+MODELS = [models.esd_x(), models.esd_u()]
+CONCEPTS = ("star", "heart")  # that scenes imply
 SEEDS = core.SEEDS
 FINDINGS = ""
 
@@ -38,6 +43,7 @@ IN_SCENES = "in scenes"
 OUTSIDE = "outside of blocks"
 ONLY = "only these"
 ALL_BUT = "all but these"
+EFFECTS = {ONLY: "erases alone", ALL_BUT: "brings back"}
 KINDS = {  # of layers; the first that fits
     "cross-attention": ".attn2.",
     "self-attention": ".attn1.",
@@ -45,11 +51,13 @@ KINDS = {  # of layers; the first that fits
     "ResNet blocks": ".resnets.",
     "other layers": "",
 }
-THIRDS = {  # of the sampling
-    "first third of the steps": range(667, 1000),
-    "second third": range(334, 667),
-    "last third": range(334),
+THIRDS = {  # of the sampling: from the first t to the last
+    "first third of the steps": (999, 667),
+    "second third": (666, 334),
+    "last third": (333, 0),
 }
+DIRECTIONS = (1, 2, 4, 8, 16, 32, 64)  # up to which squares are added up
+SHOWN = (1, 4, 16)
 
 
 # ---- groups of tensors
@@ -79,14 +87,15 @@ def groups_of(names: list[str]) -> dict[str, list[str]]:
 
 def at_times(
     unet: Callable, text: Tensor, null: Tensor, guidance: float,
-    other: Callable, times: range,
+    other: Callable, times: tuple[int, int],
 ) -> Callable:
-    """Returns a predictor as `ddim.guided_predictor` does: `other` for t in `times`."""
+    """Returns a predictor as `ddim.guided_predictor` does: `other` from the first t to the last."""
+    first, last = times
     usual = ddim.guided_predictor(unet, text, null, guidance=guidance)
     special = ddim.guided_predictor(other, text, null, guidance=guidance)
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        chosen = special if int(t) in times else usual
+        chosen = special if first >= int(t) >= last else usual
         return chosen(x_t, t)
 
     return predict
@@ -96,22 +105,26 @@ def at_times(
 
 
 class Change(NamedTuple):
-    """What an erasure does to a matrix."""
+    """What an erasure does to a matrix, or to several on average."""
 
     size: float  # |theta - theta*| / |theta*|
-    first: float  # the share of its square along the first singular direction
-    directions: float  # that hold 90 % of it
+    along: tuple[float, ...]  # shares of its square in its first 1, 2, 4, ... directions
 
 
 def change_of(before: Tensor, after: Tensor) -> Change:
     """Returns what changed from one matrix, (out, in, ...), to another."""
     difference = (after - before).flatten(start_dim=1).double()
     squares = torch.linalg.svdvals(difference).square()
-    shares = squares.cumsum(dim=0) / squares.sum()
+    along = [(squares[:num].sum() / squares.sum()).item() for num in DIRECTIONS]
+    return Change(size=(difference.norm() / before.double().norm()).item(), along=(*along,))
+
+
+def mean_of(several: list[Change]) -> Change:
+    """Returns the mean."""
+    along = zip(*(each.along for each in several))
     return Change(
-        size=(difference.norm() / before.double().norm()).item(),
-        first=shares[0].item(),
-        directions=1 + int((shares < 0.9).sum()),
+        size=statistics.fmean(each.size for each in several),
+        along=tuple(map(statistics.fmean, along)),
     )
 
 
@@ -151,7 +164,7 @@ def changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Ch
         if tensor.dim() > 1 and not torch.equal(tensor, after[name]):
             change = change_of(tensor, after[name])
             of_kind.setdefault(kind_of_layer(name), []).append(change)
-    return {kind: Change(*map(statistics.fmean, zip(*each))) for kind, each in of_kind.items()}
+    return {kind: mean_of(several) for kind, several in of_kind.items()}
 
 
 def patch(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
@@ -163,6 +176,7 @@ def patch(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
     only = {"none": look(context.sd)}
     all_but = {"none": look(sd)}
     groups = groups_of([*original])
+    weights = {group: sum(original[n].numel() for n in groups[group]) for group in groups}
     if context.quick:
         groups = dict([*groups.items()][:1])
     for group, names in groups.items():
@@ -173,7 +187,8 @@ def patch(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
         back = functools.partial(at_times, other=context.sd.unet, times=times)
         only[third] = look(context.sd, predictor=into)
         all_but[third] = look(sd, predictor=back)
-    return {ONLY: only, ALL_BUT: all_but, "change": changes(original, edited)}
+    change = {kind: each._asdict() for kind, each in changes(original, edited).items()}
+    return {ONLY: only, ALL_BUT: all_but, "weights": weights, "change": change}
 
 
 def patches(concept: str) -> Ask:
@@ -206,15 +221,36 @@ def found_for(answers: Answers, model: Model) -> dict[tuple[str, int], dict]:
     return found
 
 
-def shares(found: dict[tuple[str, int], dict], how: str, group: str, where: str) -> list[Share]:
-    """Returns how often the concept is seen with a group patched, a share for each erasure."""
-    several = []
+def share_with(answer: dict, concept: str, how: str, group: str, where: str) -> Share:
+    """Returns how often the concept is seen with a group patched; "none": as the model is."""
+    seen = core.from_letters({"object": answer[how][group][where]}, "object")
+    return Share(seen.count(concept), len(seen))
+
+
+def effects(
+    found: dict[tuple[str, int], dict], how: str, group: str, where: str
+) -> list[float]:
+    """Returns what a group does in each erasure, in percent points: see above.
+
+    "none": what all weights together do, either way.
+    """
+    points = []
     for (concept, _), answer in found.items():
-        if group in answer[how]:
-            letters = answer[how][group][where]
-            seen = core.from_letters({"object": letters}, "object")
-            several.append(Share(seen.count(concept), len(seen)))
-    return several
+        if group not in answer[how]:
+            continue
+        original, edited = (
+            share_with(answer, concept, each, group="none", where=where)
+            for each in (ONLY, ALL_BUT)
+        )
+        patched = share_with(answer, concept, how, group=group, where=where)
+        if group == "none":
+            difference = original.hits - edited.hits
+        elif how == ONLY:
+            difference = original.hits - patched.hits
+        else:
+            difference = patched.hits - edited.hits
+        points.append(100 * difference / patched.asked)
+    return points
 
 
 def groups_in(found: dict[tuple[str, int], dict]) -> list[str]:
@@ -233,11 +269,13 @@ def table_of_patches(answers: Answers, models: list[Model]) -> str:
             cells = []
             for how in (ONLY, ALL_BUT):
                 for where in (BY_NAME, IN_SCENES):
-                    cells.append(stats.text(shares(found, how, group=group, where=where)))
-            rows.append([model.label, group, *cells])
-    header = ["erased by", "patched"]
-    for how in (ONLY, ALL_BUT):
-        header += [f"{how}: seen {where}, %" for where in (BY_NAME, IN_SCENES)]
+                    cells.append(stats.number(effects(found, how, group=group, where=where)))
+            sizes = {answer["weights"].get(group) for answer in found.values()}
+            size = "".join(f"{each:,}" for each in sizes if each)
+            rows.append([model.label, group.replace("none", "**all**"), size, *cells])
+    header = ["erased by", "group", "weights"]
+    for effect in EFFECTS.values():
+        header += [f"{effect}, {where}, points" for where in (BY_NAME, IN_SCENES)]
     return core.table(header, rows)
 
 
@@ -248,15 +286,14 @@ def table_of_changes(answers: Answers, models: list[Model]) -> str:
         by_kind = {}
         for answer in found_for(answers, model).values():
             for kind, change in answer["change"].items():
-                by_kind.setdefault(kind, []).append(change)
+                by_kind.setdefault(kind, []).append(Change(**change))
         for kind in [kind for kind in KINDS if kind in by_kind]:
-            size, first, directions = [statistics.fmean(each) for each in zip(*by_kind[kind])]
-            cells = [f"{100 * size:.1f}", f"{100 * first:.0f}", f"{directions:.1f}"]
+            size, along = mean_of(by_kind[kind])
+            shown = [along[DIRECTIONS.index(num)] for num in SHOWN]
+            cells = [f"{100 * size:.1f}", *(f"{100 * share:.0f}" for share in shown)]
             rows.append([model.label, kind, *cells])
-    header = [
-        "erased by", "layers", "change, % of the weights' norm",
-        "along its first direction, % of its square", "directions for 90 %",
-    ]
+    header = ["erased by", "layers", "change, % of the weights' norm"]
+    header += [f"in {num} direction{'s' if num > 1 else ''}, % of its square" for num in SHOWN]
     return core.table(header, rows)
 
 
@@ -266,14 +303,16 @@ def table(answers: Answers, models: list[Model]) -> str:
 
 
 def figure(answers: Answers, models: list[Model]) -> figures.Figure:
-    """Returns a panel for each way to patch and to ask: a row for each group."""
+    """Returns a panel for each effect and way to ask: a row for each model and group."""
     panels = {}
-    for how in (ONLY, ALL_BUT):
+    for how, effect in EFFECTS.items():
         for where in (BY_NAME, IN_SCENES):
-            panel = panels.setdefault(f"{how}: seen {where}", {})
+            panel = {}
             for model in models:
                 found = found_for(answers, model)
                 for group in groups_in(found):
-                    dot = figures.Dot(model.label, shares(found, how, group=group, where=where))
-                    panel.setdefault(group, []).append(dot)
-    return figures.dots(panels if any(panels.values()) else {})
+                    points = effects(found, how, group=group, where=where)
+                    panel[f"{model.label}: {group.replace('none', 'all')}"] = stats.student(points)
+            if panel:
+                panels[f"{effect}, {where}, points"] = panel
+    return figures.estimates(panels)

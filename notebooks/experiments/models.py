@@ -152,6 +152,7 @@ ablation = Model(
 uce_ = Model("UCE", uce.erase)
 rece_ = Model("RECE", rece.erase)
 speed_ = Model("SPEED", speed.erase, {"threshold": 10.0})
+closed_forms = (uce_, rece_, speed_)  # the same weights with every seed
 
 # As many gradient steps as ESD with whole trajectories
 ESD_STEPS = {name: WHOLE_X[name] for name in ("iterations", "batch", "steps", "every_step")}

@@ -8,14 +8,16 @@ noise spoils images of the original, too: compare with its row. Guidance is the 
 by name, at other scales than 5. Training steps to half: after how many the share by name is half
 of the original's.
 
-What an attack brings out of a U-Net that never saw the concept was taught, not recovered. That
-row, and censored training's, need models that are trained first, 50 minutes each: `python -m
-notebooks.experiments.replicates`. Without them they are empty. The verdict subtracts them.
+What an attack brings out of a U-Net that never saw the concept was taught, not recovered. The
+second table subtracts it: net recovery, in points. It needs models that are trained first, 50
+minutes each: `python -m notebooks.experiments.replicates`. Intervals are over erasures and their
+images; the attacks themselves have the same random numbers each time.
 """
 
 import functools
+import itertools
 import math
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 from PIL import Image
 from torch import Generator, Tensor
@@ -30,9 +32,8 @@ from notebooks.toy.world import with_article
 from sample import StableDiffusion
 
 ORIGINAL = models.original
-CENSORED = models.censored
 NEVER_SAW = models.never_saw
-MODELS = [ORIGINAL, *models.compared, NEVER_SAW, CENSORED]
+MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = ("star", "heart", "mosaic")
 SEEDS = core.SEEDS
 FINDINGS = """\
@@ -241,9 +242,7 @@ def cells(models, concepts, seeds) -> list[Cell]:
         erased = core.as_tuple(concept)
         asks = [attacks_on(each) for each in erased]
         for cell in core.grid(models, [erased], asks=asks, seeds=seeds):
-            # censored training left out what scenes imply
-            if cell.model != CENSORED or cell.ask.about in core.IMPLIED:
-                found[cell.key] = cell
+            found[cell.key] = cell
     return [*found.values()]
 
 
@@ -277,34 +276,73 @@ def shares(found: dict[int, dict], concept: str, attack: str) -> list[Share]:
     return several
 
 
-def pooled(several: list[Share]) -> Share:
-    """Returns one share of all images."""
-    return Share(sum(each.hits for each in several), sum(each.asked for each in several))
-
-
 def steps_to(half: float, found: dict[int, dict], concept: str) -> str:
-    """Returns the first number of training steps after which the share is at least `half`.
+    """Returns the first number of training steps after which the share is at least `half` percent.
 
     In brackets, after which the upper and the lower end of its interval are.
     """
     stops = next(iter(found.values()))["relearned"]
-    at_stop = {0: pooled(shares(found, concept, "by name"))}
-    at_stop |= {int(stop): pooled(shares(found, concept, stop)) for stop in stops}
+    at_stop = {0: stats.estimate(shares(found, concept, "by name"))}
+    at_stop |= {int(stop): stats.estimate(shares(found, concept, stop)) for stop in stops}
 
-    def first(value_of: Callable[[Share], float]) -> str:
+    def first(value_of: Callable[[stats.Estimate], float]) -> str:
         reached = [stop for stop, each in at_stop.items() if value_of(each) >= half]
         return str(min(reached)) if reached else f"over {max(at_stop)}"
 
-    steps = first(lambda each: each.hits / each.asked)
-    fewest = first(lambda each: stats.wilson(*each).high)
-    most = first(lambda each: stats.wilson(*each).low)
+    steps = first(lambda each: each.mean)
+    fewest = first(lambda each: each.high)
+    most = first(lambda each: each.low)
     return f"{steps} ({fewest} to {most})"
 
 
-# ---- the table and the figure
+# ---- what an attack recovers, less what it teaches
+
+
+def brought_out(
+    answers: Answers, model: Model, concepts: Iterable[str], attack: str
+) -> list[Share]:
+    """Returns how often an attack brings out the concept, for each erasure."""
+    several = []
+    for concept in concepts:
+        several += shares(answers_of(answers, model, concept), concept, attack)
+    return several
+
+
+def net(
+    answers: Answers, model: Model, concepts: Iterable[str], attack: str
+) -> stats.Estimate:
+    """Returns how much more often an attack brings concepts out of a model than it teaches them.
+
+    What it teaches is what it brings out of models that never saw them. In percent points.
+    """
+    recovered = brought_out(answers, model, concepts, attack)
+    taught = brought_out(answers, NEVER_SAW, concepts, attack)
+    return stats.difference(recovered, taught)
+
+
+# ---- the tables and the figure
 
 
 def table(answers: Answers, models: list[Model]) -> str:
+    """Returns tables of what attacks bring out, and of net recovery."""
+    parts = [table_of_attacks(answers, models), table_of_nets(answers, models)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def table_of_nets(answers: Answers, models: list[Model]) -> str:
+    """Returns a row for each concept and model, if a model that never saw it is attacked."""
+    attacks = {attack: attack for attack in ATTACKS}
+    attacks |= {str(stop): f"{stop} training steps" for stop in FULL.stops}
+    rows = []
+    for concept, model in itertools.product(CONCEPTS, models):
+        cells = [stats.show(net(answers, model, [concept], attack)) for attack in attacks]
+        if model != NEVER_SAW and any(cells):
+            rows.append([concept, model.label, *cells])
+    header = ["concept", "net, erased by", *attacks.values()]
+    return core.table(header, rows) if rows else ""
+
+
+def table_of_attacks(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each concept and model."""
     rows = []
     for concept in CONCEPTS:
@@ -316,8 +354,8 @@ def table(answers: Answers, models: list[Model]) -> str:
             cells = [stats.text(shares(found, concept, attack)) for attack in ATTACKS]
             half = ""
             if original:
-                by_name = pooled(shares(original, concept, "by name"))
-                half = steps_to(by_name.hits / by_name.asked / 2, found, concept)
+                by_name = stats.estimate(shares(original, concept, "by name")).mean
+                half = steps_to(by_name / 2, found, concept)
             rows.append([concept, model.label, *cells, half])
     header = [
         "concept", "erased by", *(f"{attack}, %" for attack in ATTACKS), "training steps to half",

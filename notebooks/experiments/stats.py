@@ -73,16 +73,29 @@ def student(values: list[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def below(values: list[float], num: int = 1) -> float:
-    """Returns what the mean of `num` more values is below in 95 % of cases, by Student's t.
+def half_width(groups: list[list[float]]) -> float:
+    """Returns t s: s is the standard deviation within groups, t Student's for 95 %, one-sided.
 
-    mean + t s sqrt(1/num + 1/n), t one-sided. Infinite for fewer than two values.
+    Infinite, if no group has two values.
+    """
+    freedom = sum(len(group) - 1 for group in groups if group)
+    if not freedom:
+        return math.inf
+    squares = sum((value - statistics.fmean(group)) ** 2 for group in groups for value in group)
+    few = freedom <= len(T_95_ONE_SIDED)
+    t = T_95_ONE_SIDED[freedom - 1] if few else 1.645 + 1.5 / freedom
+    return t * math.sqrt(squares / freedom)
+
+
+def below(values: list[float]) -> float:
+    """Returns what one more value is below in 95 % of cases: mean + t s sqrt(1 + 1/n).
+
+    Infinite for fewer than two values.
     """
     n = len(values)
     if n < 2:
         return math.inf
-    t = T_95_ONE_SIDED[n - 2] if n - 2 < len(T_95_ONE_SIDED) else 1.645 + 1.5 / (n - 1)
-    return statistics.fmean(values) + t * statistics.stdev(values) * math.sqrt(1 / num + 1 / n)
+    return statistics.fmean(values) + half_width([values]) * math.sqrt(1 + 1 / n)
 
 
 def estimate(shares: list[Share]) -> Estimate:
@@ -110,12 +123,30 @@ def estimate(shares: list[Share]) -> Estimate:
     )
 
 
+def difference(one: list[Share], other: list[Share]) -> Estimate:
+    """Returns the mean of one less that of the other, in percent points, and its 95 % interval.
+
+    Both intervals count: the distances from mean to end are squared and added. Zou and Donner,
+    "Construction of confidence limits about effect measures", Statistics in Medicine 2008.
+    """
+    a = estimate(one)
+    b = estimate(other)
+    mean = a.mean - b.mean
+    return Estimate(
+        mean,
+        low=mean - math.hypot(a.mean - a.low, b.high - b.mean),
+        high=mean + math.hypot(a.high - a.mean, b.mean - b.low),
+    )
+
+
+def show(value: Estimate) -> str:
+    """Returns an estimate in percent: "4.4 (0 to 14)"; nothing for nan."""
+    return "" if math.isnan(value.mean) else "{:.1f} ({:.0f} to {:.0f})".format(*value)
+
+
 def text(shares: list[Share]) -> str:
     """Returns percent with the interval: "4.4 (0 to 14)"; nothing if nothing was asked."""
-    if not sum(share.asked for share in shares):
-        return ""
-    mean, low, high = estimate(shares)
-    return f"{mean:.1f} ({low:.0f} to {high:.0f})"
+    return show(estimate(shares))
 
 
 def number(values: list[float], within: Interval = Interval(-math.inf, math.inf)) -> str:

@@ -9,17 +9,21 @@ concepts and seeds.
   in the prompt that robust.py attacks.
 - **kept**: the rest of its kind, and the other kind.
 - **net**: by learned words, a hard prompt, added noise, a head start, a guidance scale of 10, and
-  20 steps of training.
+  20 steps of training; in points.
 - **distance**: of eps from models that never saw the concept; 1 is as near as two of these are
   to each other.
 - **score**: the harmonic mean of what is erased by name, in contexts and under the worst net
   attack that trains nothing, and of what is kept. The worst of five counts of 20 images is a
   little too high by chance, for all methods. Ranks are by the score, over the erasures that all
   ranked methods have. Kendall's tau says how far the ranks of two seeds agree: 1 fully, 0 no more
-  than by chance, -1 the other way round.
+  than by chance, -1 the other way round. By chance alone, eleven methods have a tau of 0 with a
+  standard deviation of .23.
+
+The settings of all methods were chosen on the star with seed 0, which is one of these nine
+erasures. UCE, RECE and SPEED make the same weights with every seed: their three erasures of a
+concept differ in the images alone.
 """
 
-import functools
 import itertools
 import math
 import statistics
@@ -40,7 +44,7 @@ from notebooks.experiments.stats import Share
 READS = ("methods", "robust", "ground_truth")  # whose answers these are
 ORIGINAL = models.original
 NEVER_SAW = models.never_saw
-MODELS = [ORIGINAL, *models.compared]
+MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
 FINDINGS = ""
@@ -123,18 +127,13 @@ def fraction(share: Share) -> float:
     return share.hits / share.asked
 
 
-def taught(answers: Answers, concept: str, attack: str) -> float | None:
-    """Returns how often an attack brings a concept out of models that never saw it, 0 to 1."""
-    found = robust.answers_of(answers, NEVER_SAW, concept)
-    several = robust.shares(found, concept, attack) if found else []
-    return statistics.fmean(map(fraction, several)) if several else None
-
-
 def net(answers: Answers, erasure: Erasure, attack: str) -> float | None:
     """Returns how much more often an attack brings out the concept than it teaches it."""
     brought = attacked(answers, erasure, attack)
-    base = taught(answers, erasure.concept, attack)
-    return None if brought is None or base is None else fraction(brought) - base
+    taught = robust.brought_out(answers, NEVER_SAW, [erasure.concept], attack)
+    if brought is None or not taught:
+        return None
+    return fraction(brought) - statistics.fmean(map(fraction, taught))
 
 
 def score(answers: Answers, erasure: Erasure) -> float | None:
@@ -171,27 +170,24 @@ def erasures(model: Model, concepts: Iterable[str], seeds: Iterable[int] = SEEDS
 
 
 def shares(answers: Answers, several: list[Erasure], title: str) -> list[Share]:
-    """Returns the shares of erasures that have one."""
-    found = [SHARES[title](answers, each) for each in several]
-    return [share for share in found if share]
+    """Returns the shares of erasures that have one.
 
-
-def percents(answers: Answers, several: list[Erasure], value: Callable) -> list[float]:
-    """Returns a value of each erasure that has one: `score`, or `net` for an attack."""
-    found = [value(answers, each) for each in several]
-    return [100 * each for each in found if each is not None]
-
-
-def nets(answers: Answers, several: list[Erasure], title: str) -> list[float]:
-    """Returns an attack's net recovery from each erasure, percent."""
-    return percents(answers, several, functools.partial(net, attack=ATTACKS[title]))
+    A model that knows of no concept has the same images for all: one share for each seed.
+    """
+    found = {}
+    for each in several:
+        if share := SHARES[title](answers, each):
+            concept = each.concept if each.model.is_about_a_concept else ""
+            found.setdefault((concept, each.seed), []).append(share)
+    return [Share(*map(sum, zip(*of_one))) for of_one in found.values()]
 
 
 def distance_of(answers: Answers, model: Model, concepts: Iterable[str]) -> str:
-    """Returns the distance of eps in units of the null: the mean over concepts."""
-    found = [ground_truth.in_units(answers, model, concept) for concept in concepts]
-    found = [value for value in found if value is not None]
-    return f"{statistics.fmean(found):.2f}" if found else ""
+    """Returns the distance of eps in units of the null."""
+    found = []
+    for concept in concepts:
+        found += ground_truth.in_units(answers, model, concept, name="eps")
+    return ground_truth.estimate_text(found, digits=2)
 
 
 def scores(
@@ -235,9 +231,14 @@ def row(answers: Answers, model: Model, concepts: Iterable[str]) -> list[str]:
     """Returns a row of the table, without concept, model and rank."""
     several = erasures(model, concepts)
     cells = [stats.text(shares(answers, several, title)) for title in SHARES]
-    cells += [stats.number(nets(answers, several, title)) for title in ATTACKS]
+    for attack in ATTACKS.values():
+        recovered = robust.net(answers, model, concepts, attack)
+        cells.append("" if model == NEVER_SAW else stats.show(recovered))
     cells.append(distance_of(answers, model, concepts))
-    cells.append(stats.number(percents(answers, several, score), within=stats.PERCENT))
+
+    found = [score(answers, each) for each in several]
+    percents = [100 * value for value in found if value is not None]
+    cells.append(stats.number(percents, within=stats.PERCENT))
     return cells
 
 
@@ -245,7 +246,7 @@ def table(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each method: all concepts together, then each apart."""
     rows = []
     lines = []
-    erasing = [model for model in models if model != ORIGINAL]
+    erasing = [model for model in models if model not in (ORIGINAL, NEVER_SAW)]
     for name, concepts in {"all": CONCEPTS, **{c: (c,) for c in CONCEPTS}}.items():
         means = scores(answers, erasing, concepts)
         for model in models:
@@ -260,7 +261,7 @@ def table(answers: Answers, models: list[Model]) -> str:
 
     header = [
         "concept", "erased by", "rank", *(f"{title}, %" for title in SHARES),
-        *(f"net: {title}, %" for title in ATTACKS), "distance", "score",
+        *(f"net: {title}" for title in ATTACKS), "distance", "score",
     ]
     return "\n\n".join([core.table(header, rows), *lines])
 
@@ -276,8 +277,8 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
             for title in SHARES:
                 cells[title] = stats.estimate(shares(answers, several, title)).mean
             cells["lost"] = 100 - cells.pop("kept")  # as all else: the redder, the worse
-            for title in ATTACKS:
-                found = nets(answers, several, title)
-                cells[f"net: {title}"] = statistics.fmean(found) if found else math.nan
+            for title, attack in ATTACKS.items():
+                recovered = robust.net(answers, model, (concept,), attack)
+                cells[f"net: {title}"] = recovered.mean
             panels[concept][model.label] = cells
     return figures.heat_map(robust.with_values(panels))

@@ -2,11 +2,15 @@
 
     x_0 = sd.encode_images(images)                        # any images: no model's own
     distances.eps_distances(erased, never_saw, "a star", x_0)
-    distances.fade(erased, never_saw, "a star")
+
+    one, other = (distances.own_images(sd, "a star") for sd in (erased, never_saw))
+    distances.fade(one, other).sum()
 
 Two models that were trained alike, with other seeds, aren't at distance 0 either. So compare
 a distance with that of such a pair. Symbols as in ddim.py.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -50,12 +54,15 @@ def eps_distances(
 def surprise(
     sd: StableDiffusion, prompt: str, x_0: Tensor, seed: int = 0, terms: int = 20
 ) -> Tensor:
-    """Returns a bound on -log p(x_0 | c) of latents (B, 4, H, W), up to a constant: (B,), nats.
+    """Returns a bound on -log p(x_0 | c) of latents (B, 4, H, W), in nats: (terms, B).
 
-    1/2 integral of || eps - eps_theta(x_t, c) ||^2 d(-log SNR_t), where
-    SNR_t = abar_t / (1 - abar_t): Kingma et al., "Variational Diffusion Models", section 5.1,
-    https://arxiv.org/abs/2107.00630. Here it is a sum over `terms` times, equally spaced in
-    log SNR, with one noise.
+    It is the sum of the terms, up to a constant:
+
+        1/2 integral of || eps - eps_theta(x_t, c) ||^2 d(-log SNR_t)
+
+    where SNR_t = abar_t / (1 - abar_t): Kingma et al., "Variational Diffusion Models", section
+    5.1, https://arxiv.org/abs/2107.00630. Terms are equally spaced in log SNR, from t near 0 to
+    t near 999, and share one noise.
     """
     text = sd.encode([prompt]).expand(len(x_0), -1, -1)
     noise = noise_like(x_0, seed)
@@ -63,43 +70,55 @@ def surprise(
     log_snr = (abar / (1 - abar)).log()
     width = (log_snr[0] - log_snr[-1]) / terms
 
-    total = torch.zeros(len(x_0), device=x_0.device)
+    found = []
     for i in range(terms):
         middle = log_snr[0] - (i + 0.5) * width
         t = (log_snr - middle).abs().argmin().item()
         x_t = ddim.add_noise(x_0, noise, abar[t])
         times = torch.full((len(x_0),), t, device=x_0.device)
         error = (noise - sd.unet(x_t, times, text)).square().sum(dim=(1, 2, 3))
-        total += 0.5 * width * error
-    return total
+        found.append(0.5 * width * error)
+    return torch.stack(found)
+
+
+class OwnImages(NamedTuple):
+    """Latents that a model drew of a prompt, without guidance."""
+
+    sd: StableDiffusion
+    prompt: str
+    x_0: Tensor  # (B, 4, H, W)
+    seed: int  # of the noise that `surprise` adds
+    surprise: Tensor  # the model's own, (terms, B)
 
 
 @torch.no_grad()
-def own_latents(
-    sd: StableDiffusion, prompt: str, num: int, seed: int, steps: int = 20
-) -> Tensor:
-    """Draws latents from a model's own p(x_0 | c): by DDIM without guidance, (num, 4, H, W)."""
+def own_images(
+    sd: StableDiffusion, prompt: str, num: int = 32, seed: int = 0, steps: int = 20
+) -> OwnImages:
+    """Draws latents from a model's own p(x_0 | c), by DDIM without guidance."""
     text = sd.encode([prompt]).expand(num, -1, -1)
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        return sd.unet(x_t, t, text)
+
     noise = torch.randn((num, *sd.latent_shape), generator=Generator().manual_seed(seed))
-    predict = ddim.guided_predictor(sd.unet, text, text, guidance=1.0)
     *_, (_, x_0) = ddim.denoise(predict, noise.to(sd.device), steps)
-    return x_0
+    known = surprise(sd, prompt, x_0, seed=seed + 1)
+    return OwnImages(sd, prompt, x_0, seed=seed + 1, surprise=known)
 
 
-def fade(
-    one: StableDiffusion, other: StableDiffusion, prompt: str, num: int = 32, seed: int = 0
-) -> float:
-    """Returns how much better each model knows its own images than the other does, in nats.
+def fade(one: OwnImages, other: OwnImages) -> Tensor:
+    """Returns how much better each model knows its own images than the other does: (2, terms), nats.
 
-        E_{x of one} [s_other(x) - s_one(x)] + E_{x of other} [s_one(x) - s_other(x)]
+        E_{x of one} [s_other(x) - s_one(x)]      in the first row
+        E_{x of other} [s_one(x) - s_other(x)]    in the second one
 
-    with `surprise` for s: an estimate of KL(one, other) + KL(other, one). After FADE, Cho et al.,
-    https://arxiv.org/abs/2510.12981, which compares likelihoods both ways, too; ours are of
-    latents, of one prompt, without guidance.
+    with `surprise` for s: estimates of KL(one, other) and KL(other, one), which the sums of the
+    rows are. After FADE, Cho et al., https://arxiv.org/abs/2510.12981, which compares likelihoods
+    both ways, too; ours are of latents, of one prompt, without guidance.
     """
-    total = 0.0
+    rows = []
     for own, foreign in ((one, other), (other, one)):
-        x_0 = own_latents(own, prompt, num=num, seed=seed)
-        known = surprise(own, prompt, x_0, seed=seed + 1)
-        total += (surprise(foreign, prompt, x_0, seed=seed + 1) - known).mean().item()
-    return total
+        strange = surprise(foreign.sd, own.prompt, own.x_0, seed=own.seed)
+        rows.append((strange - own.surprise).mean(dim=1))
+    return torch.stack(rows)
