@@ -966,6 +966,7 @@ def test_a_trained_model_that_is_missing_leaves_its_stored_answers(command, fold
     assert command.records() == records
 
     core.fingerprint_of.cache_clear()
+    core.load_trained.cache_clear()
     for name in ("star", "heart"):
         (trained / name / "unet").mkdir(parents=True)
         (trained / name / "unet" / "other.safetensors").write_bytes(b"other")

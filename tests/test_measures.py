@@ -11,7 +11,16 @@ from torch import Generator
 
 import ddim
 import erase
-from notebooks.experiments import core, cost, guidance, methods, models, objects, robust, stats
+from notebooks.experiments import (
+    core,
+    cost,
+    guidance,
+    methods,
+    models,
+    objects,
+    robust,
+    stats,
+)
 from notebooks.experiments.core import Answers, Model, Share
 from notebooks.methods import esd
 from notebooks.toy import judge as judging

@@ -25,7 +25,6 @@ concept differ in the images alone.
 """
 
 import itertools
-import math
 import statistics
 from typing import Callable, Iterable, NamedTuple
 

@@ -108,7 +108,7 @@ def own_images(
 
 
 def fade(one: OwnImages, other: OwnImages) -> Tensor:
-    """Returns how much better each model knows its own images than the other does: (2, terms), nats.
+    """Returns how much better each model knows its own images than the other: (2, terms), nats.
 
         E_{x of one} [s_other(x) - s_one(x)]      in the first row
         E_{x of other} [s_one(x) - s_other(x)]    in the second one
