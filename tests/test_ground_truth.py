@@ -373,6 +373,15 @@ def test_recovery_is_net_of_what_an_attack_teaches():
     assert row[titles.index("by name")] == ""
 
 
+def test_a_model_that_knows_of_no_concept_has_one_share_a_seed(monkeypatch):
+    """Its images are the same for all concepts: three concepts aren't three times as many."""
+    monkeypatch.setitem(verdict.SHARES, "kept", lambda answers, each: Share(each.seed, 10))
+    several = verdict.erasures(core.original, ("star", "heart"), seeds=(1, 2))
+    assert verdict.shares(Answers({}), several, "kept") == [(2, 20), (4, 20)]
+    several = verdict.erasures(mine, ("star", "heart"), seeds=(1, 2))
+    assert len(verdict.shares(Answers({}), several, "kept")) == 4
+
+
 def test_the_score_is_a_harmonic_mean_and_ranks_by_it(monkeypatch):
     monkeypatch.setattr(verdict, "by_name", lambda answers, erasure: Share(1, 10))
     monkeypatch.setattr(verdict, "kept", lambda answers, erasure: Share(9, 10))

@@ -4,9 +4,8 @@ In the paper the edited model draws x_t, at one random step of each trajectory; 
 code has let the frozen model draw it since 2025. In our other experiments, ESD-x takes a gradient
 step at each of a trajectory's first four steps, 80 in all; the first three variants here take 160,
 as ESD-u does. All trajectories have eight steps. See what an erasure costs.
-"Keys and values only" is a variant of ESD-x that the
-official code has, too. "ESD-u, its code" leaves out the time embedding and the output layers,
-"ESD-u, the paper's rule" doesn't.
+"Keys and values only" is a variant of ESD-x that the official code has, too. "ESD-u, its code"
+leaves out the time embedding and the output layers, "ESD-u, the paper's rule" doesn't.
 
 On SD v1, from Python:
 
