@@ -23,6 +23,10 @@ is a single pair). Of total variations, the limit is Student's for one more pair
 concepts; in scenes there are too few for one. Even two sets of 50 images from one model that
 draws ten objects equally often are .2 apart.
 
+"Eta by the odds" is Eq. 6 with a strength for each x_t that makes its target the eps of a model
+that never saw the concept, if the frozen model is exact: see
+[`methods/esd_odds.py`](../methods/esd_odds.py).
+
 The models to compare with are trained first, 50 minutes each: `python -m
 notebooks.experiments.replicates`. Closed forms are one erasure, whatever the seed.
 """
@@ -55,7 +59,7 @@ from sample import StableDiffusion
 ORIGINAL = models.original
 NEVER_SAW = models.never_saw
 AGAIN = models.again
-MODELS = [ORIGINAL, *models.compared, NEVER_SAW, AGAIN]
+MODELS = [ORIGINAL, *models.compared, models.by_odds, NEVER_SAW, AGAIN]
 CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
 FINDINGS = ""

@@ -21,6 +21,7 @@ from notebooks.methods import (
     concept_ablation,
     esd,
     esd_in_contexts,
+    esd_odds,
     forget_me_not,
     keep_empty_prompt,
     key_steps,
@@ -141,6 +142,7 @@ in_contexts_u = Model("ESD-u, in contexts", esd_in_contexts.erase, ESD_U, concep
 adversarial = Model(
     "ESD-u against learned prompts", adversarial_esd.erase, ESD_U | {"attack_steps": 10}
 )
+by_odds = Model("ESD-u, eta by the odds", esd_odds.erase, ESD_U)
 ablation = Model(
     "concept ablation", concept_ablation.erase,
     {
