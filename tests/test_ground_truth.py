@@ -312,7 +312,7 @@ def test_the_table_says_which_distances_are_within_the_null():
     table = ground_truth.table(made_up(), [core.original, mine, models.again, models.never_saw])
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     by_label = {row[1]: row for row in rows[2:] if row[0] in ("star", "all")}
-    assert by_label["mine"][2] == "0.300 (-0.971 to 1.571)"
+    assert by_label["mine"][2] == "0.300 (0.000 to 1.571)"
     assert by_label["mine"][3].startswith("3.00 (")
     assert by_label["mine"][-1] == "eps, FADE"
     assert by_label["*pairs of never saw it*"][2:4] == ["0.100", "1.00"]

@@ -141,7 +141,9 @@ def difference(one: list[Share], other: list[Share]) -> Estimate:
 
 def show(value: Estimate) -> str:
     """Returns an estimate in percent: "4.4 (0 to 14)"; nothing for nan."""
-    return "" if math.isnan(value.mean) else "{:.1f} ({:.0f} to {:.0f})".format(*value)
+    if math.isnan(value.mean):
+        return ""
+    return f"{value.mean:.1f} ({round(value.low)} to {round(value.high)})"  # no "-0"
 
 
 def text(shares: list[Share]) -> str:

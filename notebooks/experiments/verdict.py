@@ -46,7 +46,11 @@ NEVER_SAW = models.never_saw
 MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
-FINDINGS = ""
+FINDINGS = """\
+- So far the attacks, and so g 10, net recovery, score and rank, are of the star with seed 0 alone.
+- There, ESD-u with the empty prompt kept is first: only training brings its star back. Concept
+  ablation is second, and harms the others most.
+"""
 
 TRAINING = "20"  # steps
 ATTACKS = {  # the title of a column -> what robust.py calls it
