@@ -162,6 +162,22 @@ def test_what_comes_back(low, high, comes_back):
     assert f"| {5 * high}.0 (" in table
 
 
+def test_kappa_ranks_erasures_by_what_is_left():
+    """Of three erasures, the two with the larger slope leave more, in the opposite order."""
+    mine = Model("mine", esd.erase)
+    answered = []
+    for seed, (hits, m_c) in enumerate([(0, -1.4), (9, -1.2), (5, -1.1)]):
+        for scale in (1, 10):
+            own = guidance.own_prompts("star")
+            cell = core.cell_of(guidance.at(mine, scale), "star", seed, own)
+            answered.append((cell, {"object": letters_of(["star"] * hits + [None] * (20 - hits))}))
+        cell = core.cell_of(mine, "star", seed, guidance.slope("star"))
+        answered.append((cell, {"m_c": m_c, "m_0": -0.5}))
+    answers = answers_of(*answered)
+    assert "| mine | 3 | 0.33 |" in guidance.table_of_ranks(answers, [mine])
+    assert guidance.table_of_ranks(Answers({}), [mine]) == ""
+
+
 # ---- robust: the hard prompt, the noise
 
 

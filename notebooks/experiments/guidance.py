@@ -22,6 +22,7 @@ On SD v1, draw what ESD-u erased at several scales:
 """
 
 import itertools
+import math
 from typing import Callable, Iterable, NamedTuple
 
 import torch
@@ -61,10 +62,20 @@ KINDS = {"objects": world.OBJECTS, "styles": STYLES}
 CONCEPTS = (*world.OBJECTS, *STYLES)
 SEEDS = core.SEEDS
 FINDINGS = """\
-- With ESD-u, a higher guidance scale brings the concept back; with the empty prompt kept, it
-  doesn't, up to g 10.
-- The slope is positive for every plain ESD-u, and near 0 or below where the empty prompt is kept.
-  It says which models are at risk, not how much comes back.
+- With ESD-u, a higher guidance scale brings the concept back: of ten objects, 1 % are left at g 1,
+  11 % at g 5 and 25 % at g 10; of five styles 2, 41 and 56 %. With ESD-x a little: 2, 6 and 9 % of
+  the objects.
+- With the empty prompt kept, it doesn't: 0.7 % of the objects at g 5 and 0.3 % at g 10, and at most
+  0.3 % of the styles at any g. The others are right as often as with plain ESD-u.
+- Predicted, and true: the slope is positive for every concept with plain ESD-u, and near 0 or below
+  with the empty prompt kept.
+- Predicted, and not true: that the slope's sign says of nine in ten erasures whether the concept
+  comes back. It is right for 73 %, hardly more often than "never", with 67 %, because a slope can
+  be positive and too small. "kappa(10) above 1/2" is right for 87 %; it was read off the first seed
+  of six objects, so the other seeds and the styles are a test of it.
+- How much comes back, kappa says in part. It ranks ESD-u's erasures (tau .58), and above all the
+  styles: mosaic has the smallest kappa and hardly comes back, sketch has the largest and comes back
+  in 98 % of the images. It doesn't rank ESD-x's.
 - So "erased" needs the guidance scale that it was counted at: 5 in all other tables.
 """
 
@@ -353,10 +364,27 @@ def table_of_rules(answers: Answers, models: list[Model]) -> str:
     return core.table(header, rows)
 
 
+def table_of_ranks(answers: Answers, models: list[Model]) -> str:
+    """Returns how far kappa at the highest g ranks erasures by what is left, a row for a model."""
+    rows = []
+    for model in models:
+        found = erasures(answers, [model])
+        if len(found) > 1:
+            kappas = [each.law.kappa(GUIDANCES[-1]) for each in found]
+            tau = stats.kendall(kappas, [each.high for each in found])
+            rows.append([model.label, str(len(found)), "" if math.isnan(tau) else f"{tau:.2f}"])
+    header = [
+        "erased by", "erasures",
+        f"Kendall's tau of kappa({GUIDANCES[-1]}) and what is left at g {GUIDANCES[-1]}",
+    ]
+    return core.table(header, rows) if rows else ""
+
+
 def table(answers: Answers, models: list[Model]) -> str:
-    """Returns tables of objects and of styles, by concept, and of rules that predict."""
+    """Returns tables of objects and of styles, by concept, and of what the law predicts."""
     parts = [table_by_guidance(answers, models, kind) for kind in KINDS]
     parts += [table_by_concept(answers), table_of_rules(answers, models)]
+    parts.append(table_of_ranks(answers, models))
     return "\n\n".join(part for part in parts if part)
 
 
