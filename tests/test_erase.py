@@ -646,6 +646,7 @@ def interrupted_at(limit):
     return on_step
 
 
+@pytest.mark.robustness  # seconds
 @pytest.mark.parametrize("data", [
     drawn_by(erase.x_t_from_model, steps=3), drawn_by(EVERY_STEP, steps=3), from_images])
 def test_a_run_resumes_from_its_checkpoint_to_the_same_bits(data, sd, tmp_path, monkeypatch):
@@ -673,6 +674,7 @@ def half_loss(*batch):
     return erase.esd_loss(*batch) / 2
 
 
+@pytest.mark.robustness  # seconds
 @pytest.mark.parametrize("changed", [
     {"concepts": ["heart"]}, {"eta": 2.0}, {"lr": 2e-3}, {"method": "esd-u"}, {"seed": 1},
     {"iterations": 5}, {"batch": 2}, {"loss_fn": half_loss}, {"optimizer": torch.optim.SGD},
@@ -1044,6 +1046,7 @@ def loss_with_sd(unet, frozen, x_t, t, text, eta, sd):
     return half_loss(unet, frozen, x_t, t, text, eta)
 
 
+@pytest.mark.robustness  # seconds
 @pytest.mark.parametrize("flags, concepts, settings", [
     ("", ["star"], {}),
     ("--every-step", ["star"], {"data": drawn_by(EVERY_STEP, steps=2)}),

@@ -1264,6 +1264,7 @@ def check_tables(name: str, examples: dict[str, dict]) -> None:
         rows_of(module.table(Answers({key: records[key] for key in [*records][::step]}), models))
 
 
+@pytest.mark.robustness  # seconds
 @each_experiment
 def test_every_model_is_in_its_table_and_any_may_be_missing(name):
     check_tables(name, shipped_answers())

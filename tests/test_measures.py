@@ -368,6 +368,7 @@ def counted_calls(sd, settings: dict) -> int:
     return sum(latents) + 2 * settings["iterations"] * settings["batch"]
 
 
+@pytest.mark.robustness  # seconds
 @pytest.mark.parametrize("settings", [
     {"steps": 4, "every_step": True, "iterations": 8, "first": None, "batch": 1},
     {"steps": 4, "every_step": True, "iterations": 6, "first": None, "batch": 2},

@@ -1067,6 +1067,7 @@ def test_a_lora_changes_only_its_weights_and_merges(sd):
 # ---- activation checkpointing
 
 
+@pytest.mark.robustness  # seconds
 @pytest.mark.parametrize("method", ["esd-x", "esd-u"])
 def test_a_checkpointed_unet_is_erased_to_the_same_weights(method, sd):
     recomputing = replace(sd, unet=checkpointed.checkpointed(sd.unet))

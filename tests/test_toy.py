@@ -80,6 +80,7 @@ def test_paraphrases_and_scenes_do_not_name_their_object():
     assert len({scene.object for scene in world.SCENES.values()}) == 4
 
 
+@pytest.mark.robustness  # seconds
 def test_scenes_imply_with_a_probability():
     """The object in 60 % of the images, another in 20 %, none in 20 %; several colours."""
     for name, scene in world.SCENES.items():
@@ -133,6 +134,7 @@ def test_a_name_alone_may_come_in_any_style():
         assert abs(np.mean(named) - expected) < 0.03, style
 
 
+@pytest.mark.robustness  # seconds
 def test_what_is_left_out_is_never_drawn():
     examples = drawn(2000, world.draw, without=("moon", "mosaic"))
     assert not any(e.object == "moon" or e.style == "mosaic" for e in examples)

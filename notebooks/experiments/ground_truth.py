@@ -66,8 +66,8 @@ FINDINGS = """\
 - So far the star alone is stored, and one model that never saw it: a second one makes the null.
 - By eps, erased models are about as far from it as the original is. In nats they are nearer: 190 to
   212, where the original is at 256. UCE is nearest, at 123, and yet leaves a third of the stars.
-- Eta by the odds was made to be nearest, and isn't. By eps it is nearer than ESD-x, by .026 (.018 to
-  .035, seed by seed), but not surely nearer than ESD-u (.015, -.010 to .040). In nats it is no
+- Eta by the odds was made to be nearest, and isn't. By eps it is nearer than ESD-x, by .026 (.018
+  to .035, seed by seed), but not surely nearer than ESD-u (.015, -.010 to .040). In nats it is no
   nearer than either, and 23 % of its images show a star. Its target is the eps of a whole
   distribution, to be drawn without guidance; guidance, which has to be 5 here, goes past it.
 """

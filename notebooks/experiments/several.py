@@ -64,7 +64,8 @@ SEEDS = core.SEEDS
 FINDINGS = """\
 - Together is better than one after the other: with two concepts and with five, less is left, above
   all where they are asked for with a style or a colour, and more of the rest stays.
-- Five of ten objects cost the other five 17 points, even together: they are all close to each other.
+- Five of ten objects cost the other five 17 points, even together: they are all close to each
+  other.
 """
 
 
