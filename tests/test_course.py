@@ -40,6 +40,7 @@ RED = stored(Image.new("RGB", (30, 10), "red"))
 BLUE = stored(Image.new("RGB", (10, 10), "blue"))
 
 
+@pytest.mark.robustness  # seconds
 def test_each_stored_figure_is_a_slide(tmp_path):
     out = tmp_path / "new" / "slides"
     run(slides.main, FIRST_NOTEBOOK, "--out", out)

@@ -944,6 +944,7 @@ def test_results_go_to_runs_unless_named(command, capsys):
     }
 
 
+@pytest.mark.robustness  # seconds
 def test_a_trained_model_that_is_missing_leaves_its_stored_answers(command, folder, capsys):
     """It isn't shipped, its answers are. Where it is here, they must be its own."""
     trained = command.folder / "nowhere"

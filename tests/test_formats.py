@@ -143,6 +143,7 @@ def test_folders_of_relatives(part, change, says, folder, tmp_path):
     assert says in refusal(sample.load, copy)
 
 
+@pytest.mark.robustness  # seconds
 @pytest.mark.parametrize("change", [
     {"rescale_betas_zero_snr": True},
     {"beta_schedule": "linear"},

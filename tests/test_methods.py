@@ -314,6 +314,7 @@ def test_the_loss_of_salun_by_hand():
     assert weight.grad.item() == pytest.approx(expected)
 
 
+@pytest.mark.robustness  # seconds
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 1.0])
 def test_the_mask_is_the_largest_gradients(fraction, sd):
     texts = erase.texts_for(sd, ["star"], batch=1)

@@ -386,6 +386,7 @@ def test_in_half_precision_latents_are_float32(folder, dtype):
     assert (x_0 - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.robustness  # seconds
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_half_precision_the_sampler_steps_in_float32(sd, folder, dtype):
     half = sample.load(folder, dtype=dtype)

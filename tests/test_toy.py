@@ -266,6 +266,7 @@ def test_all_stages_run_and_give_a_model_that_loads(tmp_path, monkeypatch):
 # ---- settings, and the judge
 
 
+@pytest.mark.robustness  # seconds
 def test_the_flags_file_is_read_alike_by_the_command_and_from_python(folder, tmp_path):
     file = tmp_path / "dots.safetensors"
     commands.run(
