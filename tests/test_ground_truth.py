@@ -322,6 +322,14 @@ def test_the_table_says_which_distances_are_within_the_null():
     assert "original, trained again" not in by_label
 
 
+def test_intervals_hold_possible_distances_alone():
+    assert ground_truth.estimate_text([0.1, 0.9], highest=1.0) == "0.500 (0.000 to 1.000)"
+    assert ground_truth.estimate_text([0.1, 0.9]) == "0.500 (0.000 to 5.582)"
+    assert ground_truth.estimate_text([0.1]) == "0.100"
+    assert ground_truth.estimate([0.1]).low == -math.inf  # so that no figure draws it
+    assert ground_truth.highest_of("in scenes") == 1 and ground_truth.highest_of("eps") == math.inf
+
+
 def test_without_trained_models_the_table_has_no_unit():
     ask = ground_truth.portrait("star")
     answers = answers_of((core.cell_of(mine, "star", 0, ask), {"object": seen(3, 50)}))

@@ -321,16 +321,28 @@ def is_within(answers: Answers, model: Model, concept: str, name: str) -> bool |
 # ---- the table and the figure
 
 
-def estimate_text(several: list[float], digits: int = 3) -> str:
-    """Returns the mean with its interval over erasures: "0.131 (0.120 to 0.142)".
+def estimate(several: list[float], highest: float = math.inf) -> stats.Estimate:
+    """Returns the mean with its interval over erasures, of distances from 0 to `highest`.
 
-    Distances are at least 0.
+    A single value has an infinite interval, which isn't shown.
     """
+    mean, low, high = stats.student(several)
+    if len(several) < 2:
+        return stats.Estimate(mean, low, high)
+    return stats.Estimate(mean, max(0.0, low), min(high, highest))
+
+
+def estimate_text(several: list[float], digits: int = 3, highest: float = math.inf) -> str:
+    """Returns it as text: "0.131 (0.120 to 0.142)"."""
     if not several:
         return ""
-    mean, low, high = stats.student(several)
-    text = f"{mean:.{digits}f}"
-    return text if len(several) < 2 else f"{text} ({max(0, low):.{digits}f} to {high:.{digits}f})"
+    texts = [f"{value:.{digits}f}" for value in estimate(several, highest)]
+    return texts[0] if len(several) < 2 else "{} ({} to {})".format(*texts)
+
+
+def highest_of(name: str) -> float:
+    """Returns the largest possible distance of a kind."""
+    return 1.0 if name in VARIATIONS else math.inf
 
 
 def digits_of(name: str) -> int:
@@ -343,7 +355,7 @@ def row(answers: Answers, model: Model, concept: str) -> list[str]:
     cells = []
     for name in DISTANCES:
         several = of_erasures(answers, model, concept, name=name)
-        cells.append(estimate_text(several, digits=digits_of(name)))
+        cells.append(estimate_text(several, digits_of(name), highest_of(name)))
         if name in IN_UNITS:
             units = in_units(answers, model, concept, name=name)
             cells.append(estimate_text(units, digits=2))
@@ -360,7 +372,7 @@ def row_of_pairs(answers: Answers, concept: str, several: list[Reference]) -> li
     cells = []
     for name in DISTANCES:
         found = values(answers, pairs_among(concept, several), name=name)
-        cells.append(estimate_text(found, digits=digits_of(name)))
+        cells.append(estimate_text(found, digits_of(name), highest_of(name)))
         if name in IN_UNITS:
             unit = null(answers, name, concept)
             mean = statistics.fmean(unit) if unit else math.nan
@@ -409,7 +421,7 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
         for concept, model in itertools.product(CONCEPTS, models):
             several = distance_of(answers, model, concept, name=name)
             if several and model not in (NEVER_SAW, AGAIN):
-                rows[f"{model.label}, {concept}"] = stats.student(several)
+                rows[f"{model.label}, {concept}"] = estimate(several, highest_of(name))
         upper = limit(answers, name)
         if rows:
             panels[title] = rows
