@@ -156,6 +156,7 @@ def test_the_interval_of_a_difference_covers():
     mean, low, high = stats.difference(none, none)
     assert mean == 0 and low == -high == pytest.approx(-6.0, abs=0.1)  # images alone leave so much
     assert stats.show(stats.difference([], none)) == ""
+    assert stats.show(stats.Estimate(20.0, -0.3, 41.6)) == "20.0 (0 to 42)"
 
 
 def test_kendalls_tau():

@@ -167,10 +167,10 @@ def test_kappa_ranks_erasures_by_what_is_left():
     mine = Model("mine", esd.erase)
     answered = []
     for seed, (hits, m_c) in enumerate([(0, -1.4), (9, -1.2), (5, -1.1)]):
-        for scale in (1, 10):
+        for scale, seen in ((1, 0), (10, hits)):
             own = guidance.own_prompts("star")
             cell = core.cell_of(guidance.at(mine, scale), "star", seed, own)
-            answered.append((cell, {"object": letters_of(["star"] * hits + [None] * (20 - hits))}))
+            answered.append((cell, {"object": letters_of(["star"] * seen + [None] * (20 - seen))}))
         cell = core.cell_of(mine, "star", seed, guidance.slope("star"))
         answered.append((cell, {"m_c": m_c, "m_0": -0.5}))
     answers = answers_of(*answered)
