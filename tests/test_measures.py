@@ -160,6 +160,10 @@ def test_what_comes_back(low, high, comes_back):
     share = "100.0" if comes_back else "0.0"  # both rules say that it comes back
     assert [line.split("|")[2].split()[0] for line in rules] == [share, share]
     assert f"| {5 * high}.0 (" in table
+    (nothing,) = guidance.seen_instead(answers, mine, "star", 10, None).values()
+    assert nothing == (20 - high, 20)
+    header = "no object is seen, erased by"
+    assert header in table and stats.text([nothing]) in table.partition(header)[2]
 
 
 def test_kappa_ranks_erasures_by_what_is_left():

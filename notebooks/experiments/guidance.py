@@ -67,6 +67,8 @@ FINDINGS = """\
   the objects.
 - With the empty prompt kept, it doesn't: 0.7 % of the objects at g 5 and 0.3 % at g 10, and at most
   0.3 % of the styles at any g. The others are right as often as with plain ESD-u.
+- Its price is what the erased prompt shows instead: no object at all in 28 % of the images at g 5
+  and 36 % at g 10, where plain ESD-u has 20 and 23 %.
 - Predicted, and true: the slope is positive for every concept with plain ESD-u, and near 0 or below
   with the empty prompt kept.
 - Predicted, and not true: that the slope's sign says of nine in ten erasures whether the concept
@@ -218,13 +220,20 @@ def cells(models, concepts, seeds) -> list[Cell]:
 
 def left(answers: Answers, model: Model, concept: str, guidance: float) -> dict[int, Share]:
     """Returns how often a concept is seen at a guidance scale, for each seed."""
+    return seen_instead(answers, model, concept, guidance, concept)
+
+
+def seen_instead(
+    answers: Answers, model: Model, concept: str, guidance: float, name: str | None
+) -> dict[int, Share]:
+    """Returns how often a name is seen where a concept is asked for; None: nothing of its kind."""
     ask = own_prompts(concept)
     drawn_by = at(model, guidance)
     head = core.kind_of(concept)
     shares = {}
     for seed in answers.seeds(drawn_by, concept, ask):
         seen = core.from_letters(answers.get(drawn_by, concept, ask, seed=seed), head)
-        shares[seed] = Share(seen.count(concept), len(seen))
+        shares[seed] = Share(seen.count(name), len(seen))
     return shares
 
 
@@ -380,9 +389,26 @@ def table_of_ranks(answers: Answers, models: list[Model]) -> str:
     return core.table(header, rows) if rows else ""
 
 
+def table_of_nothing(answers: Answers, models: list[Model]) -> str:
+    """Returns how often no object at all is seen where an object is asked for, by model."""
+    rows = []
+    for model in models:
+        cells = []
+        for guidance in GUIDANCES:
+            shares = []
+            for concept in KINDS["objects"]:
+                shares += seen_instead(answers, model, concept, guidance, None).values()
+            cells.append(stats.text(shares))
+        if any(cells):
+            rows.append([model.label, *cells])
+    header = ["no object is seen, erased by", *(f"at g {guidance:g}, %" for guidance in GUIDANCES)]
+    return core.table(header, rows) if rows else ""
+
+
 def table(answers: Answers, models: list[Model]) -> str:
     """Returns tables of objects and of styles, by concept, and of what the law predicts."""
     parts = [table_by_guidance(answers, models, kind) for kind in KINDS]
+    parts.append(table_of_nothing(answers, models))
     parts += [table_by_concept(answers), table_of_rules(answers, models)]
     parts.append(table_of_ranks(answers, models))
     return "\n\n".join(part for part in parts if part)
