@@ -263,6 +263,16 @@ def test_all_stages_run_and_give_a_model_that_loads(tmp_path, monkeypatch):
     assert checkpoints == {"vae", "text", "unet", "unet-again", "judge"}
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_training_takes_bfloat16_only_where_the_cpu_has_it(monkeypatch, has_bfloat16):
+    """Where it is emulated, a step takes ten times as long as in float32."""
+    capabilities = {"avx2": True, "avx512_bf16": has_bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    with train.mixed_precision():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
+
+
 # ---- settings, and the judge
 
 

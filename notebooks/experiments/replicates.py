@@ -5,10 +5,11 @@
     python -m notebooks.experiments.replicates                         # all that are missing
 
 Each has the miniature's VAE and text encoder, which saw every concept, as many steps as its U-Net
-had, and random numbers that no other has: 50 minutes on a quiet core. (But star_0 has those of the
-original, which was trained before training took bfloat16. Compare the original's distances from
-both: see ground_truth.py.) The same command goes on after an interruption. They go to
-`runs/`: their answers are stored with the experiments, they aren't.
+had, and random numbers that no other has: 50 minutes on a quiet core that computes in bfloat16,
+two hours on one that doesn't. (But star_0 has those of the original, which was trained before
+training took bfloat16. Compare the original's distances from both: see ground_truth.py.) The same
+command goes on after an interruption. They go to `runs/`: their answers are stored with the
+experiments, they aren't.
 """
 
 import argparse
