@@ -129,7 +129,7 @@ def config_from_json(config: dict) -> TextConfig:
     return TextConfig(**{name: config[name] for name in TextConfig.__dataclass_fields__})
 
 
-def rename(weights: dict[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
+def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drops the prefix and the constant position_ids, neither of which transformers 5 writes."""
     return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()
             if not name.endswith("position_ids")}

@@ -63,22 +63,23 @@ def add_noise(x_0: Tensor, noise: Tensor, abar_t: Tensor) -> Tensor:
     return x_t.to(x_0.dtype)
 
 
-def x_0(x_t: Tensor, eps: Tensor, abar_t: Tensor) -> Tensor:
-    """Returns the image that eps leads to, (B, 4, H, W): DDIM, eq. 9, from eq. 4.
+def predicted_x_0(x_t: Tensor, eps: Tensor, abar_t: Tensor) -> Tensor:
+    """Returns the x_0 that eps implies, (B, 4, H, W): DDIM, eq. 9, which is eq. 4 solved for it.
 
     x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t); abar_t is (B,) or ().
     """
     abar_t = per_sample(abar_t, x_t)
-    image = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
-    return image.to(x_t.dtype)
+    x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
+    return x_0.to(x_t.dtype)
 
 
 def step(x_t: Tensor, eps: Tensor, abar_t: Tensor, abar_prev: Tensor) -> Tensor:
-    """One step towards the image (DDIM, eq. 12 with sigma = 0); both abar are (B,) or ().
+    """One step towards x_0 (DDIM, eq. 12 with sigma = 0); both abar are (B,) or ().
 
     x_prev = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev) eps
     """
-    return add_noise(x_0(x_t, eps, abar_t), eps, abar_prev)
+    x_0 = predicted_x_0(x_t, eps, abar_t)
+    return add_noise(x_0, eps, abar_prev)
 
 
 def guide(eps_null: Tensor, eps_c: Tensor, guidance: float) -> Tensor:
@@ -109,18 +110,18 @@ def guided_predictor(
 def denoise(
     predict: Callable, x_t: Tensor, steps: int, rng: Generator | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields (t, x_t), (B, 4, H, W), from (981, noise) to (0, image) for 50 steps.
+    """Yields (t, x_t), x_t (B, 4, H, W): for 50 steps (981, noise), ..., (1, x_1), (0, the result).
 
     predict(x_t, t) returns eps, as `guided_predictor`'s does; t is a tensor, (). Each step
     is computed only when the next pair is asked for: stop at t, and you pay for the
     steps so far; change the model in between, and the changed one takes the next step.
-    rng: for samplers that add noise.
+    rng: not used; a sampler that adds noise takes it in the same place.
     """
     abar = alphas_cumprod(x_t.device)
     for t in timesteps(steps):
         yield t, x_t
         t_prev = max(t - TRAIN_STEPS // steps, 0)  # the last is abar[0], which isn't 1
-        t_tensor = torch.tensor(t, device=x_t.device)  # an int would recompile a U-Net
+        t_tensor = torch.tensor(t, device=x_t.device)  # an int would recompile a compiled U-Net
         x_t = step(x_t, predict(x_t, t_tensor), abar[t], abar[t_prev])
 
     yield 0, x_t

@@ -5,8 +5,8 @@
 Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023,
 https://arxiv.org/abs/2303.07345. Equations and symbols are the paper's: c the concept,
 null the empty prompt, x_t the latent at time t, eps the noise in it, eta the strength,
-`frozen` the original model eps_theta*, `unet` the edited one eps_theta, theta the tuned
-weights, by name.
+`frozen` the original U-Net eps_theta*, which is `sd.unet`, `unet` the edited one
+eps_theta, theta the tuned weights, by name.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def x_t_from_model(
     steps: int = 50, guidance: float = 3.0, every_step: bool = False,
     denoise: Callable = ddim.denoise,
 ) -> Iterator[Batch]:
-    """Yields x_t that a model, in the paper eps_theta, denoised to a random t (section 4).
+    """Yields x_t that unet, in the paper eps_theta, denoised to a random t (section 4).
 
     Each trajectory is for one random concept; all x_t in a batch share it and t.
     every_step: yields every x_t of a trajectory, not just one. That is cheaper, and
@@ -103,7 +103,7 @@ def x_t_from_model(
             if every_step or i == last:
                 yield Batch(x_t, torch.full(shape[:1], t, device=x_t.device), text)
             if i == last:
-                break
+                break  # the rest of the trajectory isn't needed
 
 
 def x_t_from_images(
@@ -142,7 +142,7 @@ def trainable_copies(
 
 
 def with_theta(frozen: nn.Module, theta: dict[str, Tensor] | Callable) -> Callable:
-    """Returns eps_theta(x_t, t, c): `frozen`, called with the newest theta in place.
+    """Returns unet(x_t, t, c): `frozen`, called with the newest theta in place.
 
     theta: a dict, or a function that returns one, such as theta* + up @ down for a
     LoRA. Both models are one module: a hook or an adapter on it acts on theta* too, and
@@ -170,7 +170,7 @@ def gradient_steps(
     unet: Callable, frozen: Callable, data: Iterator[Batch], optimizer: torch.optim.Optimizer,
     loss_fn: Callable = esd_loss, eta: float = 1.0,
 ) -> Iterator[float]:
-    """A generator, as long as data lasts: each next() takes a step and returns its loss."""
+    """Takes a gradient step on each batch of data, and yields its loss, as a number."""
     for x_t, t, text in data:
         x_t = x_t.detach()  # no gradient reaches what drew it
         losses = loss_fn(unet, frozen, x_t, t, text, eta)  # (B,)
@@ -231,10 +231,10 @@ def texts_for(sd: StableDiffusion, concepts: list | dict | Tensor, batch: int) -
 
 
 def setting_to_text(value: object) -> str:
-    """Returns what two runs' settings are compared by; for a function, its source.
+    """Returns a setting as text, to compare two runs by; for a function, its source.
 
-    It can't see what else a function refers to (a closure's variables, other functions),
-    nor a module's weights.
+    What a function refers to (a closure's variables, other functions) isn't in it, nor
+    are a module's weights.
     """
     if isinstance(value, functools.partial):
         bound = {name: setting_to_text(each) for name, each in value.keywords.items()}
@@ -310,8 +310,9 @@ def erase(
     frozen: the U-Net that the target is computed from; by default, sd's.
     on_step: called with (iteration, loss, theta) after each; stops the run by returning
     True.
-    checkpoint: a file that keeps the run, which then shows its progress. If it exists,
-    the run resumes from it: exactly, except that with every_step a new trajectory begins.
+    checkpoint: a file to which the run is saved every 50 iterations; with it, a bar shows
+    the progress. If it exists, the run resumes from it: exactly, except that with
+    every_step a new trajectory begins.
     Raises UsageError for invalid arguments, or if the checkpoint has different ones.
     """
     if iterations < 0 or batch < 1 or not 0 <= lr < math.inf:
@@ -407,7 +408,7 @@ def bind(function: Callable, options: dict) -> Callable:
 
 
 def data_from_flags(args: argparse.Namespace, sd: StableDiffusion) -> Callable:
-    """Returns the `data` that the flags ask for."""
+    """Returns the `data` that the flags ask for. Raises UsageError for one that it ignores."""
     options = {
         "steps": args.steps,
         "guidance": args.guidance,
@@ -420,6 +421,13 @@ def data_from_flags(args: argparse.Namespace, sd: StableDiffusion) -> Callable:
         function = x_t_from_images
     if args.data:
         function = find_function("--data", args.data)
+
+    defaults = inspect.signature(x_t_from_model).parameters
+    for name in ("steps", "guidance", "every_step"):
+        is_taken = name in inspect.signature(function).parameters
+        if not is_taken and options[name] != defaults[name].default:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} changes nothing with {args.data or '--image'}: leave it out")
     return bind(function, options)
 
 
@@ -434,14 +442,6 @@ def check_flags(args: argparse.Namespace, checkpoint: Path) -> None:
     if args.resume and not checkpoint.exists():
         raise UsageError(f"{checkpoint} doesn't exist: leave out --resume")
     sample.check_out(args.out, ".safetensors", new=not args.resume)
-
-
-def plan(concepts: list[str], shown: list[str]) -> str:
-    """Returns what a run does, each concept in quotes, so that a forgotten quote shows."""
-    quoted = ", ".join(f'"{concept}"' for concept in concepts)
-    count = "1 concept" if len(concepts) == 1 else f"{len(concepts)} concepts, together"
-    also = "".join(f', also for "{prompt}"' for prompt in shown)
-    return f"erasing {count}: {quoted}; then drawing before and after{also}"
 
 
 def draw_before_and_after(
@@ -463,7 +463,8 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     checkpoint = args.out.with_suffix(".checkpoint")
     check_flags(args, checkpoint)
-    print(plan(args.concepts, args.show))
+    # as lists, so that a forgotten quote shows
+    print(f"erasing {args.concepts}, then drawing {args.concepts + args.show}")
     loss_fn = find_function("--loss", args.loss)
     sd = sample.load(args.model, args.device, args.dtype)
     for file in args.erased:
@@ -493,8 +494,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    flags = sample.parser("Erases concepts (ESD).", "CONCEPT", "what to erase, as a prompt")
-    add = flags.add_argument
+    parser = sample.shared_parser("Erases concepts (ESD).", "concepts", "what to erase, a prompt")
+    add = parser.add_argument
 
     add("--method", default="esd-x", choices=METHODS, help="which weights to tune")
     add("--eta", type=float, default=1.0, help="strength, Eq. 6")
@@ -502,8 +503,10 @@ def main() -> None:
     add("--iterations", type=int, default=1000, help="gradient steps")
     add("--batch", type=int, default=1, help="latents in a gradient step")
 
-    add("--loss", default="erase:esd_loss", metavar="MODULE:FUNCTION", help="a loss of your own")
-    add("--data", metavar="MODULE:FUNCTION", help="x_t of your own; may take steps, sd, ...")
+    add("--loss", default="erase:esd_loss", metavar="MODULE:FUNCTION",
+        help="a loss of your own; gets sd, if it takes that")
+    add("--data", metavar="MODULE:FUNCTION",
+        help="x_t of your own; gets those of steps, guidance, every_step, sd that it takes")
     add("--every-step", action="store_true", help="learn at every step of a trajectory")
     add("--guidance", type=float, default=3.0, help="guidance scale for x_t")
     add("--anchor", metavar="PROMPT", help="what x_t is drawn for, if not for the concept")
@@ -512,7 +515,7 @@ def main() -> None:
     add("--show", nargs="+", default=[], metavar="PROMPT", help="more prompts to draw")
     add("--resume", action="store_true", help="go on from the checkpoint next to --out")
     add("--out", type=Path, default=Path("erased.safetensors"), help="gets an image next to it")
-    sample.fail_in_one_line(run, flags)
+    sample.fail_in_one_line(run, parser)
 
 
 if __name__ == "__main__":

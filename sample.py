@@ -45,7 +45,7 @@ class UsageError(ValueError):
 # ---- the model
 
 
-@dataclass(eq=False)  # so that it can be the key of a cache
+@dataclass(eq=False)  # compares by identity, so it can be the key of a cache
 class StableDiffusion:
     """The four parts of a model."""
 
@@ -93,6 +93,7 @@ class StableDiffusion:
         pixels = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # (B, 3, 8H, 8W)
         scaled = pixels / 127.5 - 1
 
+        # the mean of q(z|x), not a sample
         mean, _ = self.vae.encode(scaled.to(self.device, self.dtype))
         return mean.float() * self.vae.config.scaling_factor
 
@@ -115,7 +116,8 @@ class StableDiffusion:
 def image_size(sd: StableDiffusion, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Returns (width, height) in pixels. size: one side, both, or None, the model's own.
 
-    Raises UsageError for a size that the U-Net can't halve as often as it has to.
+    Raises UsageError unless both are multiples of 64: the VAE and the U-Net halve them
+    three times each.
     """
     factor = sd.vae.config.factor
     if size is None:
@@ -214,13 +216,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def printable(label: str) -> str:
     """Returns a label in ASCII, which is what Pillow's own font has: é as e, ж as ?."""
-    letters = []
-    for letter in unicodedata.normalize("NFKD", " ".join(label.split())):
-        if letter == "ß":
-            letters.append("ss")
-        elif not unicodedata.combining(letter):
-            letters.append(letter if letter.isascii() else "?")
-    return "".join(letters)
+    letters = unicodedata.normalize("NFKD", " ".join(label.split()))
+    bare = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return bare.encode("ascii", "replace").decode()
 
 
 def shortened(label: str, width: int, font: ImageFont.ImageFont) -> str:
@@ -286,7 +284,7 @@ PARTS = {
         clip_text.TextEncoder, clip_text.config_from_json, clip_text.rename, TRANSFORMERS
     ),
 }
-SCHEDULE = {  # what a model's settings say under each of these keys, if they have it
+SCHEDULE = {  # what scheduler_config.json says under each of these keys, if it has it
     "num_train_timesteps": ddim.TRAIN_STEPS,
     "beta_schedule": "scaled_linear",
     "beta_start": ddim.BETA_START,
@@ -335,25 +333,16 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def check_kind(folder: Path) -> None:
     """Raises a UsageError that says what the model is, unless it may be SD v1."""
-    index_file = folder / "model_index.json"
-    unet_file = folder / "unet" / "config.json"
-
-    kind = ""
-    if unet_file.is_file():
-        config = read_json(unet_file)
-        if config.get("addition_embed_type"):
-            kind = "SDXL"
-        elif config.get("use_linear_projection"):
-            kind = "Stable Diffusion 2"
-        elif config.get("in_channels") == 9:
-            kind = "an inpainting model"
-    elif index_file.is_file():
-        pipeline = str(read_json(index_file).get("_class_name", ""))
-        if pipeline != "StableDiffusionPipeline":
-            kind = pipeline.removesuffix("Pipeline")
-
-    if kind:
-        raise UsageError(f"this is {kind}, not Stable Diffusion v1")
+    file = folder / "unet" / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    signs = {
+        "SDXL": config.get("addition_embed_type"),
+        "Stable Diffusion 2": config.get("use_linear_projection"),
+        "an inpainting model": config.get("in_channels") == 9,
+    }
+    for kind, found in signs.items():
+        if found:
+            raise UsageError(f"this is {kind}, not Stable Diffusion v1")
 
 
 def read_configs(folder: Path) -> dict[str, Any]:
@@ -385,7 +374,7 @@ def read_weights(folder: Path, configs: dict[str, Any], source: str | Path) -> d
 
         weights, _ = read_tensors(found[0])
         if part.rename:
-            weights = part.rename(weights, configs[name])
+            weights = part.rename(weights)
         tensors |= {f"{name}.{key}": tensor for key, tensor in weights.items()}
     return tensors
 
@@ -417,15 +406,15 @@ def download(name: str) -> Path:
 
     The configs come first and are checked, then one file of weights for each part.
     """
-    wanted = ["model_index.json", "scheduler/*", "tokenizer/*"]
+    wanted = ["scheduler/*", "tokenizer/*"]
     wanted += [f"{part}/config.json" for part in PARTS]
     folder = Path(snapshot_download(name, allow_patterns=wanted))
     read_configs(folder)
 
-    for choice in range(len(DIFFUSERS)):
-        for name_of_part, part in PARTS.items():
-            if not any((folder / name_of_part / file).exists() for file in part.files):
-                wanted.append(f"{name_of_part}/{part.files[choice]}")
+    for precision in (0, 1):  # float32, then float16 for the parts that lack it
+        for part_name, part in PARTS.items():
+            if not any((folder / part_name / file).exists() for file in part.files):
+                wanted.append(f"{part_name}/{part.files[precision]}")
         folder = Path(snapshot_download(name, allow_patterns=wanted))
     return folder
 
@@ -485,13 +474,13 @@ def load(
     Raises UsageError; for other published forms, it ends with the command that converts
     them. In float32 on the CPU, weights stay mapped from their files: don't overwrite those.
     """
-    place = ""
+    prefix = ""
     try:
         folder = Path(model).absolute()
         if folder.is_file():
             raise UsageError(f"it is a file, not a folder; {convert_hint(model)}")
         if not folder.exists():
-            place = "no such folder here; on the hub: "
+            prefix = "no such folder here; on the hub: "
             folder = download(str(model))
         configs = read_configs(folder)
         with torch.device("meta"):  # takes no memory
@@ -502,7 +491,7 @@ def load(
         sd = StableDiffusion(**parts, tokenizer=load_tokenizer(folder))
         check_parts(sd)
     except Exception as error:  # damaged files and missing devices can raise anything
-        raise UsageError(f"can't load {model}: {place}{one_line(error)}") from error
+        raise UsageError(f"can't load {model}: {prefix}{one_line(error)}") from error
 
     if leftover:
         names = ", ".join(leftover[:3])
@@ -575,18 +564,12 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
 
 def is_base(sd: StableDiffusion, weights: dict[str, Tensor], metadata: dict[str, str]) -> bool:
     """Whether a file's `base` is the fingerprint of sd; True for files that have none."""
-    try:
-        base = json.loads(metadata.get("settings", "{}")).get("base")
-    except (ValueError, AttributeError):  # somebody else's settings
-        base = None
-    if not isinstance(base, list) or not all(isinstance(number, float) for number in base):
-        return True
-
     ours = fingerprint(sd, without=weights.keys())
-    pairs = zip(base, ours)
-    return len(base) == len(ours) and all(
-        math.isclose(a, b, rel_tol=0.01, abs_tol=1e-4) for a, b in pairs  # half precision
-    )
+    try:
+        base = np.array(json.loads(metadata["settings"])["base"], dtype=float)
+    except (KeyError, TypeError, ValueError):  # none, or somebody else's settings
+        return True
+    return base.shape == (len(ours),) and np.allclose(base, ours, rtol=0.01, atol=1e-4)
 
 
 # ---- files
@@ -612,7 +595,10 @@ def save_png(image: Image.Image, path: Path, settings: dict, **texts: str) -> No
 
 
 def check_out(path: Path, suffix: str, new: bool = False) -> None:
-    """Makes a file's folder. With new, neither the file nor the .png next to it may exist."""
+    """Makes a file's folder. Raises UsageError for a name with another suffix.
+
+    new: it also does so if the file, or the .png next to it, exists.
+    """
     if path.suffix != suffix or path.is_dir():
         raise UsageError(f"{path} isn't the name of a {suffix} file: choose another --out")
     for file in (path, path.with_suffix(".png")):
@@ -632,9 +618,8 @@ def one_line(error: Exception) -> str:
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether this is one of the ways in which Python and torch say so."""
-    texts = ("out of memory", "allocate memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+    """Whether this is one of the ways in which torch says so."""
+    return any(text in str(error) for text in ("out of memory", "allocate memory"))
 
 
 def read_flags(file: Path) -> list[str]:
@@ -648,48 +633,32 @@ def read_flags(file: Path) -> list[str]:
     return words
 
 
-def parse(flags: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """Parses a command line: prompts, then options; @FILE has more of them.
 
-    Raises UsageError for words after an option, which somebody forgot to quote: argparse
-    would take them for prompts.
+    Raises UsageError for an option before the prompts: where its value lacks quotes,
+    argparse would take the rest of it for prompts.
     """
     expanded = []
     for word in words:
         expanded += read_flags(Path(word[1:])) if word.startswith("@") else [word]
 
-    args, stray = flags.parse_known_args(expanded)
-    if any(word.startswith("--") for word in stray):
-        flags.error(f"unrecognized arguments: {' '.join(stray)}")
+    args, stray = parser.parse_known_args(expanded)
     if {"prompts", "concepts"} & vars(args).keys() and words[0].startswith("-"):
         raise UsageError(f"put prompts before options: {words[0]} comes first")
     if stray:
-        option, values = option_before(stray[0], expanded)
         raise UsageError(
-            f"{' '.join(stray)!r} comes after {option}: quote what belongs together, "
-            f'{option} "{" ".join(values + stray)}", and put prompts before options'
+            f"no use for {shlex.join(stray)}: see --help; quote each prompt and each value"
         )
     return args
 
 
-def option_before(stray: str, words: list[str]) -> tuple[str, list[str]]:
-    """Returns the last option before a word, and the words between them."""
-    option, values = "", []
-    for word in words:
-        if option and word == stray:
-            break
-        if word.startswith("--"):
-            option, values = word, []
-        else:
-            values.append(word)
-    return option, values
-
-
-def fail_in_one_line(run: Callable, flags: argparse.ArgumentParser) -> None:
+def fail_in_one_line(run: Callable, parser: argparse.ArgumentParser) -> None:
     """Runs a command; bad input ends it with one line and exit status 2, without a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-done stays
+    # as Ctrl-C does, SIGTERM leaves no half-written file
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run(parse(flags, sys.argv[1:]))
+        run(parse(parser, sys.argv[1:]))
     except (UsageError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not ran_out_of_memory(error):
             raise  # a mistake in somebody's code
@@ -700,14 +669,17 @@ def fail_in_one_line(run: Callable, flags: argparse.ArgumentParser) -> None:
         sys.exit(130)
 
 
-def parser(description: str, what: str, help: str) -> argparse.ArgumentParser:
-    """Returns the flags that sample.py and erase.py share. @FILE: more flags, from a file."""
+def shared_parser(description: str, words: str, help_text: str) -> argparse.ArgumentParser:
+    """Returns a parser of the options that sample.py and erase.py share.
+
+    words: what comes first, "prompts" or "concepts".
+    """
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add(f"{what.lower()}s", nargs="+", metavar=what, help=help)
+    add(words, nargs="+", metavar=words.removesuffix("s").upper(), help=help_text)
     add("--model", default=DEFAULT_MODEL, help="a folder in diffusers' layout, or a hub name")
     add("--erased", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
         help="weights that erase.py wrote; of the same weight, the last file's counts")
@@ -746,15 +718,15 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    flags = parser("Images from prompts.", "PROMPT", "one row of images for each")
-    add = flags.add_argument
+    parser = shared_parser("Images from prompts.", "prompts", "one row of images for each")
+    add = parser.add_argument
     add("--num", type=int, default=1, help="images of each prompt")
     add("--guidance", type=float, default=7.5, help="guidance scale")
     add("--negative", default="", help="prompt to steer away from")
     add("--size", type=int, help="pixels; by default the model's own")
     add("--batch", type=int, default=8, help="images made at once")
     add("--out", type=Path, default=Path("sample.png"), help="the contact sheet")
-    fail_in_one_line(run, flags)
+    fail_in_one_line(run, parser)
 
 
 if __name__ == "__main__":

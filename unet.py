@@ -8,8 +8,8 @@ CVPR 2022, https://arxiv.org/abs/2112.10752 (section 3.3 and figure 3). Attribut
 are those of the published checkpoints in diffusers' layout, so that they load as they are.
 
 Shapes: B batch, C channels, H W feature map, N tokens (H*W of the image or 77 of the
-text), D width of a token, h heads. emb is the time embedding, (B, 4 * C of the first
-level).
+text), M tokens of context, D width of a token, h heads, d = D/h. emb is the time
+embedding, (B, 4 * C of the first level).
 """
 
 import math
@@ -42,7 +42,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
+class TimeMLP(nn.Module):
     """The two-layer MLP after the sinusoids: (B, C) -> (B, 4C)."""
 
     def __init__(self, channels: int, width: int):
@@ -68,7 +68,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
-        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        time = self.time_emb_proj(F.silu(emb))  # (B, C_out)
+        h = h + time[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + self.conv_shortcut(x)
 
@@ -106,7 +107,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        value, gate = self.proj(x).chunk(2, dim=-1)  # (B, N, D_out) each
         return value * F.gelu(gate)
 
 
@@ -278,7 +279,7 @@ class UNet(nn.Module):
         layers = config.layers_per_block
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = TimeMLP(widths[0], 4 * widths[0])
         self.mid_block = MidBlock(widths[-1], config)
 
         # Down: every output is a skip, conv_in's first. In Stable Diffusion v1 they have
@@ -323,7 +324,7 @@ class UNet(nn.Module):
 
         skips = [self.conv_in(x_t.to(dtype))]  # (B, 320, 64, 64)
         for block in self.down_blocks:
-            skips += block(skips[-1], emb, text)  # the input is the output before it
+            skips += block(skips[-1], emb, text)  # a block's input is the latest output
 
         x = self.mid_block(skips[-1], emb, text)  # (B, 1280, 8, 8)
 

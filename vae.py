@@ -30,7 +30,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along a side: 8 for Stable Diffusion v1."""
+        """LDM's downsampling factor f: 8 for Stable Diffusion v1."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -232,14 +232,16 @@ def config_from_json(config: dict) -> VAEConfig:
     return VAEConfig(**known)
 
 
-OF_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_ATTENTION_NAMES = {
+    "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"
+}
 
 
-def rename(weights: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
+def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames the attention's tensors, which older files spell as diffusers did until 2022."""
     renamed = {}
     for name, tensor in weights.items():
-        for old, new in OF_2022.items():
+        for old, new in OLD_ATTENTION_NAMES.items():
             name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
         renamed[name] = tensor
     return renamed

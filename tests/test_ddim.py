@@ -95,14 +95,15 @@ def test_add_noise_equals_the_reference():
 
 
 def test_x_0_by_hand():
-    x_0 = ddim.x_0(tensor(2, 3), tensor(0.5, -1), torch.tensor([0.36, 0.64]))
+    x_0 = ddim.predicted_x_0(tensor(2, 3), tensor(0.5, -1), torch.tensor([0.36, 0.64]))
     torch.testing.assert_close(x_0, tensor((2 - 0.8 * 0.5) / 0.6, (3 + 0.6 * 1) / 0.8))
 
 
 def test_x_0_undoes_the_forward_process():
     x_0, noise, t = small.INPUTS["add_noise"]
     abar_t = parity.ANSWERS["abar"][t]
-    torch.testing.assert_close(ddim.x_0(ddim.add_noise(x_0, noise, abar_t), noise, abar_t), x_0)
+    x_t = ddim.add_noise(x_0, noise, abar_t)
+    torch.testing.assert_close(ddim.predicted_x_0(x_t, noise, abar_t), x_0)
 
 
 def test_step_by_hand():
@@ -133,14 +134,14 @@ def test_abar_belongs_to_the_samples(kind, width):
 
     together = (
         ddim.add_noise(x, eps, ABAR[kind]),
-        ddim.x_0(x, eps, ABAR[kind]),
+        ddim.predicted_x_0(x, eps, ABAR[kind]),
         ddim.step(x, eps, ABAR[kind], before),
         ddim.step(x, eps, before, ABAR[kind]),
     )
     for i in range(3):
         alone = (
             ddim.add_noise(x[i:i + 1], eps[i:i + 1], each[i]),
-            ddim.x_0(x[i:i + 1], eps[i:i + 1], each[i]),
+            ddim.predicted_x_0(x[i:i + 1], eps[i:i + 1], each[i]),
             ddim.step(x[i:i + 1], eps[i:i + 1], each[i], before),
             ddim.step(x[i:i + 1], eps[i:i + 1], before, each[i]),
         )
@@ -165,7 +166,7 @@ def test_the_latents_keep_their_dtype(dtype):
     early = torch.tensor([0.7, 0.8])
     for abar in (late, late.to(dtype)):
         assert ddim.add_noise(x, eps, abar).dtype == dtype
-        assert ddim.x_0(x, eps, abar).dtype == dtype
+        assert ddim.predicted_x_0(x, eps, abar).dtype == dtype
         assert ddim.step(x, eps, abar, early).dtype == dtype
 
     found = ddim.step(x, eps, late, early).double()

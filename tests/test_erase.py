@@ -839,8 +839,7 @@ def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch
     run_main(monkeypatch, "star", "--model", folder, "--iterations", 2, "--steps", 2, "--lr", 0.1,
              "--show", "a heart", "--out", out)
     plan, said = capsys.readouterr().out.strip().splitlines()
-    assert plan == ('erasing 1 concept: "star"; then drawing before and after, '
-                    'also for "a heart"')
+    assert plan == "erasing ['star'], then drawing ['star', 'a heart']"
     sizes = sum(part.numel() for part in erase.trainable_copies(sd.unet, "esd-x").values())
     assert said == f"{sizes:,} parameters tuned: {out}, {out.with_suffix('.png')}"
     assert [prompts for _, prompts, _ in drawn] == [["star"], ["star"], ["a heart"], ["a heart"]]
@@ -915,9 +914,23 @@ def test_files_have_the_mode_that_the_user_chose(folder, tmp_path, monkeypatch, 
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {mode}
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--image", "IMAGE", "--guidance", "4"], "--guidance changes nothing with --image"),
+    (["--image", "IMAGE", "--every-step"], "--every-step changes nothing with --image"),
+    (["--data", "notebooks.methods.key_steps:data", "--every-step"],
+     "--every-step changes nothing with notebooks.methods.key_steps:data"),
+    (["--data", "test_erase:nothing", "--steps", 3], "--steps changes nothing with test_erase"),
+])
+def test_a_flag_that_changes_nothing_is_refused(flags, says, folder, tmp_path, monkeypatch,
+                                                capsys, red_png):
+    flags = [red_png if flag == "IMAGE" else flag for flag in flags]
+    stops(monkeypatch, 2, "star", "--model", folder, *flags, "--out", tmp_path / "a.safetensors")
+    assert f"error: {says}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, plan", [
-    (["Van", "Gogh"], 'erasing 2 concepts, together: "Van", "Gogh"; then drawing'),
-    (["star, heart"], 'erasing 1 concept: "star, heart"; then drawing'),
+    (["Van", "Gogh"], "erasing ['Van', 'Gogh'], then drawing"),
+    (["star, heart"], "erasing ['star, heart'], then drawing"),
 ])
 def test_the_first_line_shows_words_that_were_not_quoted(words, plan, folder, tmp_path,
                                                          monkeypatch, capsys, no_images):
@@ -1038,6 +1051,11 @@ def every_other_step(unet, texts, shape, rng, sd, steps, every_step, guidance=3.
     """For --data: gets the flags, and the model."""
     assert isinstance(sd, sample.StableDiffusion) and steps == 2 and not every_step
     return erase.x_t_from_model(sd.unet, texts, shape, rng, steps=3, guidance=guidance)
+
+
+def nothing(unet, texts, shape, rng):
+    """For --data: takes no flag."""
+    return iter(())
 
 
 def loss_with_sd(unet, frozen, x_t, t, text, eta, sd):

@@ -111,7 +111,7 @@ def test_the_variance_that_ddpm_draws():
         abar_prev = plane.abar(t - 1)
         added = (1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)  # DDIM, eq. 16
         eps = predict(ones, torch.tensor(t))
-        x_0 = ddim.x_0(ones, eps, abar_t)
+        x_0 = ddim.predicted_x_0(ones, eps, abar_t)
         mean = abar_prev.sqrt() * x_0 + (1 - abar_prev - added).sqrt() * eps  # eq. 12
         variance = mean.flatten().square() * variance + added
     torch.testing.assert_close(variance, expected, rtol=0.015, atol=0)
@@ -374,7 +374,7 @@ def test_a_jump_adds_the_ratio_of_ddpms_gaussians():
     variance = (1 - abar_s) / (1 - abar_next) * (1 - abar_next / abar_s)
 
     def log_of_the_way_back(eps: Tensor) -> Tensor:
-        x_0 = ddim.x_0(x_next, eps, abar_next)
+        x_0 = ddim.predicted_x_0(x_next, eps, abar_next)
         mean = abar_s.sqrt() * x_0 + (1 - abar_s - variance).sqrt() * eps
         normal = torch.distributions.Normal(mean, variance.sqrt())
         return normal.log_prob(x_t).sum(dim=(1, 2, 3))

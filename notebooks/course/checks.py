@@ -161,7 +161,7 @@ denoise = Exercise(
         "the times differ: ten steps are 901, 801, ..., 1, and each calls predict once",
         "the times are right, the values aren't: look at both lines of a step, and its last t_prev",
     ),
-    forbidden=("ddim.denoise", "ddim.step", "ddim.x_0", "ddim.add_noise"),
+    forbidden=("ddim.denoise", "ddim.step", "ddim.predicted_x_0", "ddim.add_noise"),
 )
 
 

@@ -179,7 +179,7 @@ def renamed(part: str, tensors: dict[str, Tensor], config: Any) -> dict[str, Ten
     tensors = compvis.to_ours(part, tensors, config)
     rename = sample.PARTS[part].rename
     if rename:
-        tensors = rename(tensors, config)
+        tensors = rename(tensors)
     return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
 
 
