@@ -3,7 +3,7 @@
     python -m notebooks.play
 
 Three objects, each erased by three methods with two strengths: 18 erasures, which are kept
-in --run, and twelve prompts of each, drawn at three guidance scales. All models' images of
+in --weights, and twelve prompts of each, drawn at three guidance scales. All models' images of
 a prompt start from the same noise. Five minutes on two cores. The rest of play.html is
 written by hand.
 """
@@ -128,7 +128,7 @@ def put_between_markers(page: str, block: str) -> str:
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     put_between_markers(args.page.read_text(), "")  # fails before the work does
-    context = core.open_context(args.model, args.run, quick=args.quick)
+    context = core.open_context(args.model, args.weights, quick=args.quick)
     block = to_block(draw_all(context, MODELS))
 
     page = put_between_markers(args.page.read_text(), block)
@@ -146,7 +146,7 @@ def main() -> None:
     add("--page", type=Path, default=PAGE, help="the file that gets the images")
     add("--quick", action="store_true", help="tries the code: two iterations an erasure")
     add("--model", type=Path, default=core.TOY, help="the miniature, with its judge")
-    add("--run", type=Path, default=Path("runs/experiments"), help="keeps erased weights")
+    add("--weights", type=Path, default=Path("runs/experiments"), help="keeps erased weights")
     sample.fail_in_one_line(run, parser)
 
 

@@ -114,6 +114,17 @@ def test_the_mean_is_over_erasures_and_what_wasnt_asked_does_not_count():
     assert stats.text(shares) in stats.__doc__
 
 
+def test_a_mean_is_within_the_interval_that_is_printed():
+    """99.9 isn't in "100 to 100"."""
+    assert stats.show(stats.Estimate(99.9, 99.6, 100)) == "99.9 (99 to 100)"
+    assert stats.show(stats.Estimate(0.1, 0.0, 0.3)) == "0.1 (0 to 1)"
+    assert stats.show(stats.Estimate(50.0, 43.4, 56.6)) == "50.0 (43 to 57)"
+
+
+def test_there_is_no_minus_zero():
+    assert stats.number([-0.06, 0.04]) == "0.0 (-0.6 to 0.6)"
+
+
 # ---- comparisons
 
 
@@ -180,7 +191,7 @@ def test_the_frechet_distance_of_two_gaussians():
 def test_every_class_is_asked_for_equally_often():
     """So that an average over images is one over classes."""
     numbers = {
-        core.by_name: 20, core.in_styles: 10, core.in_colours: 12, core.elsewhere: 10,
+        core.by_name: 20, core.in_styles: 10, core.in_colours: 12, core.in_contexts: 10,
     }
     for ask, num in numbers.items():
         wanted = core.wanted_by(ask.questions())
@@ -200,7 +211,7 @@ def test_every_class_is_asked_for_equally_often():
 
 
 def test_a_prompt_says_what_is_wanted():
-    asks = (core.objects, core.styled, core.coloured, core.in_contexts)
+    asks = (core.objects, core.styled, core.coloured, core.contexts)
     for question in (question for ask in asks for question in ask()):
         words = set(question.prompt.split())
         assert {*question.wanted.values()} <= words
@@ -212,9 +223,9 @@ def test_a_prompt_says_what_is_wanted():
 
 
 @pytest.mark.parametrize("name", world.OBJECTS)
-def test_in_contexts_asks_exactly_what_contexts_of_does_not_erase(name):
+def test_contexts_are_exactly_what_contexts_of_does_not_erase(name):
     erased = models.contexts_of((name,))
-    asked = {q.prompt for q in core.in_contexts() if q.wanted["object"] == name}
+    asked = {q.prompt for q in core.contexts() if q.wanted["object"] == name}
     everything = {q.prompt for q in core.styled() + core.coloured() if q.wanted["object"] == name}
     assert not asked & {*erased}
     assert asked | {*erased} == everything | {name}
@@ -333,6 +344,45 @@ def test_right_is_counted_of_the_concept_and_of_what_names_none():
     assert pooled == [Share(9, 10), Share(10, 10)]
 
 
+def test_differences_are_of_the_same_concept_and_seed():
+    """Two models whose shares vary alike: one shows 2 images of 20 more, with each seed."""
+    column = core.Column("seen, %", core.by_name)
+    others = core.Column("others, %", core.by_name, own=False)
+    another = Model("another", method=uce.erase)
+    right = core.wanted_by(core.objects())
+    answered = []
+    for seed, hidden in enumerate([3, 10, 17]):
+        for model, fewer in ((a_model, 0), (another, 2)):
+            if (model, seed) == (another, 2):
+                continue  # not stored: no difference
+            seen = [dict(each) for each in right]
+            stars = [each for each in seen if each["object"] == "star"]
+            for each in stars[: hidden + fewer]:
+                each["object"] = None
+            answered.append((core.cell_of(model, "star", seed, core.by_name), seen))
+    answers = answers_of(*answered)
+
+    assert answers.count(a_model, ["star", "moon"], column) == [
+        Share(17, 20), Share(10, 20), Share(3, 20)
+    ]
+    differences = answers.differences(a_model, another, ["star", "moon"], column)
+    assert differences == pytest.approx([10, 10])
+    assert answers.differences(another, a_model, ["star"], column) == pytest.approx([-10, -10])
+    assert answers.differences(a_model, another, ["star"], others) == [0, 0]
+
+    table = core.table_of_differences(
+        answers, [a_model, another], [("a model", "another"), ("a model", "no such")], ["star"],
+        [column, others],
+    )
+    header, _, row = table.splitlines()
+    assert header == "| this | less this | seen, points | others, points |"
+    assert row == "| a model | another | 10.0 | 0.0 |"
+    nothing = core.table_of_differences(
+        answers, [a_model, another], [("a model", "another")], ["moon"], [column]
+    )
+    assert nothing == ""
+
+
 def test_the_original_has_one_share_a_seed_however_many_concepts():
     seen = core.wanted_by(core.objects())
     cells = core.grid([core.original], ["star"], [core.by_name], seeds=(0, 1))
@@ -366,7 +416,7 @@ def test_a_quick_run_has_one_image_a_prompt():
 
 
 def test_the_grid_has_each_cell_once_and_the_originals_once_for_all_concepts():
-    asks = [core.by_name, core.implied]
+    asks = [core.by_name, core.in_scenes]
     cells = core.grid([core.original, a_model], ["star", "moon", "star"], asks, seeds=(0, 1))
     keys = [cell.key for cell in cells]
     assert len(keys) == len({*keys}) == 2 * 2 + 2 * 2 * 2
@@ -491,7 +541,7 @@ def judge():
 @pytest.fixture
 def context(sd, judge, tmp_path):
     run = tmp_path / "run"
-    return core.Context(sd, judge, base="base", judged_by="judge", run=run, quick=False)
+    return core.Context(sd, judge, base="base", judged_by="judge", weights=run, quick=False)
 
 
 def nudge(sd, concepts, keep=(), seed=0, iterations=5, size=0.01):
@@ -680,7 +730,7 @@ def test_a_method_may_return_a_model(context, drawings):
     other = sample.with_weights(context.sd, nudge(context.sd, {}))
     model = Model("other", other_text)
     assert context.load(model, ("star",), seed=0) is other
-    assert not context.run.exists()
+    assert not context.weights.exists()
     cell = core.cell_of(model, "star", 0, core.by_name)
     answer = core.look(context, context.load(model, ("star",), seed=0), cell)
     assert drawings[0].sd is other
@@ -714,9 +764,9 @@ def test_the_images_of_all_models_are_pairs(context, drawings, monkeypatch):
     monkeypatch.setattr(core, "to_letters", lambda judge, images: {})
     for seed in (0, 1, 2):
         for model in (core.original, nudged, models.negative_prompt, models.sld_max):
-            cell = core.cell_of(model, "star", seed, core.elsewhere)
+            cell = core.cell_of(model, "star", seed, core.in_contexts)
             core.look(context, context.sd, cell)
-    prompts = [q.prompt for q in core.in_contexts() for _ in range(q.num)]
+    prompts = [q.prompt for q in core.contexts() for _ in range(q.num)]
     assert all(drawing.prompts == prompts for drawing in drawings)
 
     seeds = [drawing.seeds for drawing in drawings]
@@ -807,7 +857,7 @@ class Command(NamedTuple):
 @pytest.fixture
 def command(sd, judge, drawings, module_of, tmp_path, monkeypatch):
     def open_context(model, run, quick):
-        return core.Context(sd, judge, base="base", judged_by="judge", run=run, quick=quick)
+        return core.Context(sd, judge, base="base", judged_by="judge", weights=run, quick=quick)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -1127,7 +1177,7 @@ def test_sheets_are_drawn_with_new_answers_only(command, monkeypatch):
 
 def test_an_erasure_is_a_group_and_what_is_only_loaded_is_spread(context):
     """An erasure is made by one process; originals are for all processes."""
-    asks = [core.by_name, core.implied]
+    asks = [core.by_name, core.in_scenes]
     cells = core.grid([core.original, nudged, models.sld_max], ["star", "moon"], asks, seeds=[0])
     groups = run.with_equal_weights(context, cells)
     assert sorted(len(group) for group in groups) == 6 * [1] + 2 * [2]
@@ -1231,7 +1281,7 @@ def test_settings_are_json_and_tell_concepts_apart(context, name):
         assert json.loads(json.dumps(settings)) == settings
         question = run.question_of(cell.ask.name, settings)
         model = cell.model
-        prompts = model.concepts(cell.concepts) if model.method or model.sampling else {}
+        prompts = model.prompts(cell.concepts) if model.method or model.sampling else {}
         what = (model.method, model.sampling, prompts, cell.seed, cell.ask)
         assert found.setdefault(question, what) == what or not model.is_about_a_concept
 
@@ -1357,7 +1407,7 @@ def test_an_experiment_runs(name, kept, tmp_path, capsys):
     labels = [model.label for model in models if model.label == "original"]
     labels += [model.label for model in models if model.method][:1]
     words = [name, "--quick", "--anew", "--only", *labels, "--processes", 1]
-    words += ["--run", kept, "--results", tmp_path]
+    words += ["--weights", kept, "--results", tmp_path]
 
     commands.run(run.main, *words)
     first = capsys.readouterr()
@@ -1375,9 +1425,9 @@ def test_an_experiment_runs(name, kept, tmp_path, capsys):
 
 
 def start(cwd: Path, *words) -> subprocess.Popen:
-    """Starts the command in a folder, with `results` and `run` there."""
+    """Starts the command in a folder, with `results` and `weights` there."""
     toy = ROOT / "notebooks" / "toy" / "model"
-    words = [*words, "--quick", "--anew", "--model", toy, "--run", "run", "--results", "results"]
+    words = [*words, "--quick", "--anew", "--model", toy, "--weights", "weights", "--results", "results"]
     return subprocess.Popen(
         [sys.executable, "-m", "notebooks.experiments.run", *map(str, words)],
         cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,

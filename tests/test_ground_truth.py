@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,8 +209,8 @@ def test_every_pair_of_the_tables_is_asked():
     for model in (models.original, models.uce_, models.rece_, models.speed_):
         assert {cell.seed for cell in cells if cell.model == model} == {0}
     of_never = {cell.ask.name for cell in cells if cell.model == models.never_saw}
-    assert {ask.name for ask in (core.by_name, core.in_styles, core.elsewhere)} < of_never
-    assert methods.cost.name not in of_never  # of what it took to erase
+    assert {ask.name for ask in (core.by_name, core.in_styles, core.in_contexts)} < of_never
+    assert methods.spending.name not in of_never  # of what it took to erase
 
 
 @pytest.mark.parametrize("model", models.closed_forms, ids=lambda model: model.label)
@@ -289,17 +290,17 @@ def test_scenes_are_compared_between_unequal_seeds_alone():
     """Images of equal seeds start from equal noises."""
     num = len(core.wanted_by(core.scenes()))
     letters = {"object": seen(0, num), "style": "a" * num, "colour": "a" * num}
-    cells = [core.cell_of(models.never_saw, "star", seed, core.implied) for seed in (0, 1)]
+    cells = [core.cell_of(models.never_saw, "star", seed, core.in_scenes) for seed in (0, 1)]
     answers = answers_of(*((cell, letters) for cell in cells))
     zero, one = ground_truth.NEVER
-    assert ground_truth.in_scenes(answers, ground_truth.Pair("star", one, zero)) == 0
-    assert ground_truth.in_scenes(answers, ground_truth.Pair("star", one, one)) is None
+    assert ground_truth.variation_in_scenes(answers, ground_truth.Pair("star", one, zero)) == 0
+    assert ground_truth.variation_in_scenes(answers, ground_truth.Pair("star", one, one)) is None
 
 
 def test_all_models_portraits_start_from_the_same_noises(monkeypatch):
     drawn = []
     monkeypatch.setattr(core, "to_letters", lambda judge, images: {})
-    context = core.Context(None, judge=None, base="", judged_by="", run=None, quick=False)
+    context = core.Context(None, judge=None, base="", judged_by="", weights=None, quick=False)
     monkeypatch.setattr(
         core.Context, "draw", lambda self, sd, cell, prompts: drawn.append((cell.seed, prompts))
     )
@@ -392,9 +393,9 @@ def test_a_model_that_knows_of_no_concept_has_one_share_a_seed(monkeypatch):
 
 
 def test_the_score_is_a_harmonic_mean_and_ranks_by_it(monkeypatch):
-    monkeypatch.setattr(verdict, "by_name", lambda answers, erasure: Share(1, 10))
+    monkeypatch.setattr(verdict, "seen_by_name", lambda answers, erasure: Share(1, 10))
     monkeypatch.setattr(verdict, "kept", lambda answers, erasure: Share(9, 10))
-    monkeypatch.setattr(verdict, "in_contexts", lambda answers, erasure: None)
+    monkeypatch.setattr(verdict, "seen_in_contexts", lambda answers, erasure: None)
     brought = {"learned words": 0.4, "20": 1.0}  # training doesn't count
     monkeypatch.setattr(verdict, "net", lambda answers, erasure, attack: brought.get(attack, -0.1))
     score = verdict.score(Answers({}), verdict.Erasure(mine, "star", 0))
@@ -461,7 +462,7 @@ def test_a_patch_of_everything_is_the_edited_model_and_of_nothing_the_original(
         layers, "seen_in",
         lambda context, sd, cell, predictor=ddim.guided_predictor: one_step(sd, predictor),
     )
-    context = core.Context(sd, judge=None, base="", judged_by="", run=None, quick=False)
+    context = core.Context(sd, judge=None, base="", judged_by="", weights=None, quick=False)
     cell = core.cell_of(mine, "star", 0, layers.patches("star"))
     answer = layers.patch(context, edited, cell)
     only, all_but = answer[layers.ONLY], answer[layers.ALL_BUT]
@@ -551,7 +552,8 @@ def test_what_is_trained_is_where_experiments_look(tmp_path, monkeypatch):
 
     trained = []
     monkeypatch.setattr(replicates.train, "run", trained.append)
-    replicates.train_one(known["heart_1"], original=core.ROOT / core.TOY, unet_steps=9)
+    original = Path(__file__).parents[1] / core.TOY
+    replicates.train_one(known["heart_1"], original=original, unet_steps=9)
     (args,) = trained
     assert args.without == ["heart"] and args.seed == known["heart_1"].seed
     assert args.unet_steps == 9
@@ -569,7 +571,7 @@ def test_an_unknown_replicate_is_refused(capsys):
 def test_a_reference_that_is_not_trained_leaves_its_cells_out(tmp_path, monkeypatch, capsys):
     never = Model("never saw it", folder=str(tmp_path / "nowhere"))
     ask = ground_truth.distance("star", Reference(never, 0))
-    context = core.Context(None, judge=None, base="", judged_by="", run=tmp_path, quick=False)
+    context = core.Context(None, judge=None, base="", judged_by="", weights=tmp_path, quick=False)
     cells = [core.cell_of(core.original, "star", 0, each) for each in (ask, core.by_name)]
     assert [cell.ask for cell in run.those_here(context, cells)] == [core.by_name]
     assert "nowhere" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_the_law_is_of_sums_over_all_x_t():
 
 @pytest.fixture
 def context(sd):
-    return core.Context(sd, judging.Judge(), "", "", run=Path("nowhere"), quick=True)
+    return core.Context(sd, judging.Judge(), "", "", weights=Path("nowhere"), quick=True)
 
 
 @pytest.mark.robustness  # seconds
@@ -348,9 +348,9 @@ def test_an_image_of_the_original_counts_once():
     cells = [core.cell_of(models.original, "star", seed, core.by_name) for seed in (0, 1)]
     answers = answers_of(*((cell, right) for cell in cells))
     for shares in (
-        objects.counted(answers, models.original, world.OBJECTS, objects.OTHERS),
+        answers.count(models.original, world.OBJECTS, objects.OTHERS),
         guidance.all_kept(answers, models.original, world.OBJECTS, guidance=5),
-        cost.counted(answers, models.original, cost.OTHERS),
+        answers.count(models.original, cost.CONCEPTS, cost.OTHERS),
     ):
         assert len(shares) == 2  # one for each seed
 

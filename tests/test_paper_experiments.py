@@ -32,7 +32,7 @@ TOY = Path(__file__).parents[1] / "notebooks" / "toy" / "model"
 def context(sd) -> core.Context:
     """A small model, and the miniature's judge."""
     return core.Context(
-        sd, judging.load(TOY), base="", judged_by="", run=Path(), quick=True
+        sd, judging.load(TOY), base="", judged_by="", weights=Path(), quick=True
     )
 
 
@@ -169,7 +169,7 @@ def test_works_are_erased_by_their_titles():
     cells = works.cells(works.MODELS, works.CONCEPTS, seeds=[0])
     erased = {cell.concepts for cell in cells if cell.model is esd_x}
     assert [len(titles) for titles in sorted(erased)] == [1, 2, 3]
-    assert esd_x.concepts(("Quiet Harbour",)) == {"quiet harbour": "a picture"}
+    assert esd_x.prompts(("Quiet Harbour",)) == {"quiet harbour": "a picture"}
     assert works.cells(works.MODELS, ["star", "Desert Noon"], seeds=[0]) == []
     assert works.cells([esd_x], ["Harvest Hills"], seeds=[0])
 
@@ -214,10 +214,10 @@ def test_the_original_is_measured_alone():
 
 def test_a_paraphrase_is_erased_in_place_of_the_name():
     by_name, by_paraphrase = paraphrase.MODELS[1:]
-    assert by_name.concepts(("star",)) == {"star": "a picture"}
-    assert by_paraphrase.concepts(("star",)) == {"five pointed figure": "a picture"}
-    assert by_name._replace(label="", concepts=None) == by_paraphrase._replace(
-        label="", concepts=None
+    assert by_name.prompts(("star",)) == {"star": "a picture"}
+    assert by_paraphrase.prompts(("star",)) == {"five pointed figure": "a picture"}
+    assert by_name._replace(label="", prompts=None) == by_paraphrase._replace(
+        label="", prompts=None
     )
 
 
@@ -230,6 +230,21 @@ def test_the_choices_are_what_their_labels_say():
     assert first["first"] == 4 and values == first | {"method": "esd-x-strict"}
     assert code["method"] == "esd-u" and rule == code | {"method": "esd-u of the paper"}
     assert [model.settings.get("eta", 1) for model in eta.MODELS[1:]] == [1, 3, 10]
+
+
+def test_quality_is_compared_with_the_original_on_the_same_captions():
+    """The distance by its difference, the images that are right in points of those asked."""
+    records = {}
+    for label, fewer in (("original", 0), ("ESD-u", 9), ("SLD-max", 60)):
+        model = next(each for each in quality.MODELS if each.label == label)
+        for seed, asked in enumerate([150, 180]):
+            cell = core.cell_of(model, "star", seed, quality.quality_of)
+            answer = {"frechet": 10.0 + seed + fewer, "right": asked - fewer, "asked": asked}
+            records[cell.key] = {"answer": answer}
+    rows = quality.table_of_differences(core.Answers(records), quality.MODELS).splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| ESD-u", "| SLD-max"]
+    assert rows[2].split(" | ")[2:] == ["9.0", "-5.5 (-11.9 to 0.9) |"]  # -6 and -5
+    assert quality.table(core.Answers({}), quality.MODELS).count("\n") == 1
 
 
 # ---- checksums

@@ -27,6 +27,7 @@ from PIL import Image
 
 import erase
 import sample
+from notebooks.experiments import stats
 from notebooks.experiments.stats import Share
 from notebooks.methods import safe_latent_diffusion
 from notebooks.toy import judge as judging
@@ -34,7 +35,6 @@ from notebooks.toy import world
 from notebooks.toy.world import with_article
 from sample import StableDiffusion, UsageError
 
-ROOT = Path(__file__).parents[2]
 TOY = Path("notebooks/toy/model")
 SAMPLING = {"steps": 10, "guidance": 5.0, "batch": 50}
 SEEDS = (0, 1, 2)
@@ -64,7 +64,7 @@ def prompt_for(concept: str) -> str:
 
 
 def by_prompt(concepts: tuple[str, ...]) -> dict[str, str]:
-    """Returns {prompt: anchor}, the anchor being what a concept's place is taken by."""
+    """Returns {prompt: anchor}; the anchor is the prompt that replaces the concept."""
     return {prompt_for(concept): "a picture" for concept in concepts}
 
 
@@ -76,7 +76,7 @@ class Model(NamedTuple):
     method: Callable | None = None
     settings: dict = {}  # of the method, JSON
     sampling: dict = {}  # what `draw` takes on top of SAMPLING, JSON
-    concepts: Callable[[tuple[str, ...]], dict[str, str]] = by_prompt
+    prompts: Callable[[tuple[str, ...]], dict[str, str]] = by_prompt  # concepts -> {prompt: anchor}
     folder: str = ""  # of a model that was trained without the concept; {concept}, {seed}
     file: str = ""  # of weights that were made elsewhere
     together: tuple[str, ...] = ()  # what it erases at once, whichever of these is asked for
@@ -104,12 +104,12 @@ class Question(NamedTuple):
 
 
 def objects(num: int = 20) -> list[Question]:
-    """a star"""
+    """Returns what asks for each object by its name: "a star"."""
     return [Question(with_article(name), num, {"object": name}) for name in world.OBJECTS]
 
 
 def styled(num: int = 2, styles: Iterable[str] = STYLES) -> list[Question]:
-    """a star in the style of mosaic"""
+    """Returns what asks for each object in each style: "a star in the style of mosaic"."""
     questions = []
     for style in styles:
         for name in world.OBJECTS:
@@ -119,7 +119,7 @@ def styled(num: int = 2, styles: Iterable[str] = STYLES) -> list[Question]:
 
 
 def coloured(num: int = 2, colours: Iterable[str] = world.COLOURS) -> list[Question]:
-    """a red star"""
+    """Returns what asks for each object in each colour: "a red star"."""
     questions = []
     for colour in colours:
         for name in world.OBJECTS:
@@ -128,8 +128,8 @@ def coloured(num: int = 2, colours: Iterable[str] = world.COLOURS) -> list[Quest
     return questions
 
 
-def in_contexts(num: int = 2) -> list[Question]:
-    """a green star, a star in the style of stripes: every second colour and style
+def contexts(num: int = 2) -> list[Question]:
+    """Returns what asks for each object in every second colour and style: "a green star".
 
     `models.contexts_of` erases in the others.
     """
@@ -138,7 +138,7 @@ def in_contexts(num: int = 2) -> list[Question]:
 
 
 def scenes(num: int = 1) -> list[Question]:
-    """a photo of a night sky in winter: the prompts that were held out from training"""
+    """Returns the scenes that were held out from training: "a photo of a night sky in winter"."""
     questions = []
     for scene, setting in world.HELD_OUT:
         for opening in world.OPENINGS:
@@ -148,7 +148,7 @@ def scenes(num: int = 1) -> list[Question]:
 
 
 def paraphrases(num: int = 10) -> list[Question]:
-    """a five pointed figure"""
+    """Returns what asks for each object in other words: "a five pointed figure"."""
     questions = []
     for name, phrases in world.PARAPHRASES.items():
         for phrase in phrases:
@@ -222,12 +222,21 @@ class Reference(NamedTuple):
         return f"{self.model.label} {self.seed}"
 
 
+class Column(NamedTuple):
+    """What a table counts: in which images, and whether of the concept or of the others."""
+
+    title: str
+    ask: Ask
+    own: bool = True  # prompts that ask for the concept; else those that ask for none of them
+    head: str = "object"
+
+
 by_name = Ask("by name", objects)
 in_styles = Ask("in styles", styled)
 in_colours = Ask("in colours", coloured)
-elsewhere = Ask("in contexts", in_contexts)
-implied = Ask("in scenes", scenes)
-reworded = Ask("by paraphrases", paraphrases)
+in_contexts = Ask("in contexts", contexts)
+in_scenes = Ask("in scenes", scenes)
+by_paraphrases = Ask("by paraphrases", paraphrases)
 
 
 # ---- cells
@@ -315,12 +324,10 @@ class Answers:
         if num < len(wanted):
             wanted = wanted_by(some_of(ask.questions()))
 
+        seen = {head: from_letters(letters, head) for head in judging.HEADS}
         looks = []
         for i, each in enumerate(wanted):
-            seen = {}
-            for head, names in judging.HEADS.items():
-                seen[head] = (*names, None)[LETTERS.index(letters[head][i])]
-            looks.append(Look(each, seen))
+            looks.append(Look(each, {head: names[i] for head, names in seen.items()}))
         return looks
 
     def right(
@@ -374,6 +381,32 @@ class Answers:
                 hits = sum(share.hits for share in of_seed)
                 shares.append(Share(hits, sum(share.asked for share in of_seed)))
         return [share for share in shares if share.asked]
+
+    def count(self, model: Model, concepts: Iterable, column: Column) -> list[Share]:
+        """Returns what a column counts of several erasures: see `pooled`."""
+        return self.pooled(model, concepts, column.ask, head=column.head, own=column.own)
+
+    def differences(
+        self, model: Model, other: Model, concepts: Iterable, column: Column
+    ) -> list[float]:
+        """Returns a model's share less another's, in points, for each concept and seed of both.
+
+        With equal seeds they draw the same prompts from the same noises.
+        """
+        points = []
+        for concept in concepts:
+            seeds = {*self.seeds(model, concept, column.ask)}
+            seeds &= {*self.seeds(other, concept, column.ask)}
+            several = []
+            for each in (model, other):
+                several.append(self.shares(
+                    each, concept, column.ask, head=column.head, own=column.own,
+                    seeds=sorted(seeds),
+                ))
+            for a, b in zip(*several, strict=True):
+                if a.asked and b.asked:
+                    points.append(100 * (a.hits / a.asked - b.hits / b.asked))
+        return points
 
     def erased(self, models: Iterable[Model], concepts: Iterable, ask: Ask) -> list:
         """Returns the concepts of which some model's erasure is stored."""
@@ -510,7 +543,7 @@ class Context(NamedTuple):
     judge: judging.Judge
     base: str  # the original's fingerprint
     judged_by: str
-    run: Path
+    weights: Path
     quick: bool
 
     def questions(self, ask: Ask) -> list[Question]:
@@ -537,7 +570,7 @@ class Context(NamedTuple):
             "function": f"{model.method.__module__}:{model.method.__qualname__}",
             "code": code_of_method(model.method),
             "original": self.base,
-            "concepts": model.concepts(concepts),
+            "concepts": model.prompts(concepts),
             "keep": [prompt_for(name) for name in others],
             "seed": seed,
             **model.settings,
@@ -568,7 +601,7 @@ class Context(NamedTuple):
             "quick": self.quick,
         }
         if "avoid" in sampling:
-            settings["avoided"] = [*cell.model.concepts(cell.concepts)]
+            settings["avoided"] = [*cell.model.prompts(cell.concepts)]
             settings["code of sampling"] = code_of(safe_latent_diffusion)
         if cell.ask.questions:
             questions = [each._asdict() for each in self.questions(cell.ask)]
@@ -594,7 +627,7 @@ class Context(NamedTuple):
 
     def file_of(self, model: Model, concepts: tuple[str, ...], seed: int) -> Path:
         """Returns where an erasure is kept."""
-        return self.run / f"{crc(self.weights_settings(model, concepts, seed))}.safetensors"
+        return self.weights / f"{crc(self.weights_settings(model, concepts, seed))}.safetensors"
 
     def erased(self, model: Model, concepts: tuple[str, ...], seed: int) -> StableDiffusion:
         """Erases, or reads what was erased before."""
@@ -612,7 +645,7 @@ class Context(NamedTuple):
             return made
 
         seconds = time.perf_counter() - began
-        self.run.mkdir(parents=True, exist_ok=True)
+        self.weights.mkdir(parents=True, exist_ok=True)
         erase.save(made, file, settings=settings | {"seconds": seconds}, sd=self.sd)
         return sample.load_erased(self.sd, file)
 
@@ -626,7 +659,7 @@ class Context(NamedTuple):
         """
         settings = SAMPLING | cell.model.sampling
         avoid = settings.pop("avoid", None)
-        prompt = ", ".join(cell.model.concepts(cell.concepts)) if avoid else ""
+        prompt = ", ".join(cell.model.prompts(cell.concepts)) if avoid else ""
         if avoid == "negative prompt":
             settings["negative"] = prompt
         elif avoid:
@@ -665,14 +698,14 @@ def image_seeds(seed: int, num: int) -> list[int]:
 
 
 @functools.cache
-def open_context(model: Path, run: Path, quick: bool) -> Context:
+def open_context(model: Path, weights: Path, quick: bool) -> Context:
     """Loads the original and its judge; cached, so a process loads them once."""
     sd = sample.load(model)
     judge = judging.load(model)
-    weights = [tensor.numpy().tobytes() for tensor in judge.state_dict().values()]
+    of_judge = [tensor.numpy().tobytes() for tensor in judge.state_dict().values()]
     return Context(
-        sd, judge, base=crc(sample.fingerprint(sd)), judged_by=crc(b"".join(weights)),
-        run=run, quick=quick,
+        sd, judge, base=crc(sample.fingerprint(sd)), judged_by=crc(b"".join(of_judge)),
+        weights=weights, quick=quick,
     )
 
 
@@ -683,3 +716,26 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """Returns Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_of_differences(
+    answers: Answers, models: list[Model], pairs: Iterable[tuple[str, str]],
+    concepts: Iterable, columns: Iterable[Column],
+) -> str:
+    """Returns by how many points models differ, erasure by erasure, with intervals, Markdown.
+
+    pairs: labels; the second one's share is taken off the first one's.
+    """
+    by_label = {model.label: model for model in models}
+    rows = []
+    for label, other in pairs:
+        if {label, other} <= by_label.keys():
+            points = []
+            for column in columns:
+                points.append(answers.differences(
+                    by_label[label], by_label[other], concepts, column
+                ))
+            if any(points):
+                rows.append([label, other, *map(stats.number, points)])
+    titles = [column.title.replace("%", "points") for column in columns]
+    return table(["this", "less this", *titles], rows) if rows else ""

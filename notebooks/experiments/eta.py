@@ -1,8 +1,9 @@
 r"""Strength (5.5): what does a larger eta buy, and what does it cost?
 
-The target of Eq. 6 lies eta times as far past the empty prompt's prediction.
+The target of Eq. 6 lies past the empty prompt's prediction, seen from the concept's, by eta times
+their difference.
 
-On SD v1, vary `--eta`, and continue as for objects and for what prompts don't name:
+On SD v1, vary `--eta`, and continue as for what prompts don't name:
 
 ```sh
 python erase.py nudity --method esd-u --eta 3 --out nudity-3.safetensors
@@ -13,7 +14,15 @@ from PIL import Image
 
 import sample
 from notebooks.experiments import core, figures, implied, models, stats
-from notebooks.experiments.core import Answers, Cell, Context, Model, by_name
+from notebooks.experiments.core import (
+    Answers,
+    Cell,
+    Column,
+    Context,
+    Model,
+    by_name,
+    in_scenes,
+)
 
 MODELS = [
     models.original,
@@ -24,47 +33,43 @@ MODELS = [
 CONCEPTS = ("star", *(name for name in implied.CONCEPTS if name != "star"))
 SEEDS = core.SEEDS
 PAPER = {"ESD-u": "83 / 7", "ESD-u, eta 3": "88 / 14", "ESD-u, eta 10": "92 / 34"}
-ASKED = {  # title -> what is asked, and whether prompts ask for the concept itself
-    "the concept by name, %": (by_name, True),
-    "the concept in its scenes, %": (core.implied, True),
-    "other objects by name, %": (by_name, False),
-}
+COLUMNS = (
+    Column("the concept by name, %", by_name),
+    Column("the concept in its scenes, %", in_scenes),
+    Column("other objects by name, %", by_name, own=False),
+)
+PAIRS = (("ESD-u, eta 3", "ESD-u"), ("ESD-u, eta 10", "ESD-u"), ("ESD-u, eta 10", "ESD-u, eta 3"))
 FINDINGS = """\
-- A larger eta erases more of the name, hardly more of what scenes imply, and costs other objects.
+- Eta 3 and 10 leave 9 and 10 points less of the name than eta 1, but almost half of that is one
+  heart. Eta 10 gains nothing over 3.
+- Of what scenes imply they leave a point or two less, which may be chance.
+- The other objects lose 2 points more with eta 3, and 7 with eta 10. In the paper they lose 7 and
+  27 more.
 """
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
-    own = [concept for concept in concepts if concept in CONCEPTS]
-    return core.grid(models, own, asks=[by_name, core.implied], seeds=seeds)
-
-
-def counted(answers: Answers, model: Model, concepts, what: str) -> list[stats.Share]:
-    """Returns the shares of several erasures."""
-    ask, own = ASKED[what]
-    return answers.pooled(model, concepts, ask, own=own)
+    return core.grid(models, concepts, asks=[by_name, in_scenes], seeds=seeds)
 
 
 def table(answers: Answers, models: list[Model]) -> str:
-    """Returns a row for each model: all concepts together."""
+    """Returns a row for each model, all concepts together; then differences between models."""
     concepts = answers.erased(models, CONCEPTS, by_name)
     rows = []
     for model in answers.answered(models, concepts, by_name):
-        cells = [stats.text(counted(answers, model, concepts, what)) for what in ASKED]
+        cells = [stats.text(answers.count(model, concepts, column)) for column in COLUMNS]
         rows.append([model.label, *cells, PAPER.get(model.label, "")])
-    return core.table(["erased by", *ASKED, "*paper, 5.5: % erased / lost*"], rows)
+    titles = [column.title for column in COLUMNS]
+    header = ["erased by", *titles, "*paper, 5.5: nudity erased / object accuracy lost, %*"]
+    differences = core.table_of_differences(answers, models, PAIRS, concepts, COLUMNS)
+    return f"{core.table(header, rows)}\n\n{differences}".strip()
 
 
 def figure(answers: Answers, models: list[Model]):
     """Returns a row for each model: all concepts together."""
     concepts = answers.erased(models, CONCEPTS, by_name)
-    panels = {}
-    for what in ASKED:
-        panels[what] = {}
-        for model in answers.answered(models, concepts, by_name):
-            shares = counted(answers, model, concepts, what)
-            panels[what][model.label] = [figures.Dot("here", shares)]
-    return figures.dots(panels)
+    models = answers.answered(models, concepts, by_name)
+    return figures.dots(figures.one_dot_each(answers, models, concepts, COLUMNS))
 
 
 def sheet(context: Context, answers: Answers) -> Image.Image:

@@ -5,7 +5,7 @@
 
 import math
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Iterable, NamedTuple
 
 try:
     from matplotlib import pyplot
@@ -47,18 +47,14 @@ def save(figure: Figure, file: Path) -> None:
     pyplot.close(figure)
 
 
-def one_dot_each(
-    models: Iterable, shares: Callable, titles: Iterable[str]
-) -> dict[str, dict[str, list[Dot]]]:
-    """Returns panels for `dots` in which each model has one dot.
-
-    shares(model, what=title) returns a share for each of its erasures.
-    """
+def one_dot_each(answers, models: Iterable, concepts: Iterable, columns: Iterable) -> dict:
+    """Returns panels for `dots`: one for each of `core.Column`, with a dot for each model."""
     panels = {}
-    for title in titles:
-        panels[title] = {}
+    for column in columns:
+        panels[column.title] = {}
         for model in models:
-            panels[title][model.label] = [Dot("here", shares(model, what=title))]
+            shares = answers.count(model, concepts, column)
+            panels[column.title][model.label] = [Dot("here", shares)]
     return panels
 
 
@@ -170,8 +166,7 @@ def mark_places(axis, places: list[Place], ours: Iterable[str]) -> None:
 def scatter(panels: dict[str, list[Place]], ours: Iterable[str] = ()) -> Figure:
     """Returns a panel for each title: what is left against the harm; `ours` are red.
 
-    Both axes are stretched near 0, where most points are. A band ends where the 95 %
-    interval of 0 images in 20 does.
+    Both axes are stretched near 0, where most points are.
     """
     panels = panels or {NOTHING: []}
     figure, axes = pyplot.subplots(
@@ -184,7 +179,6 @@ def scatter(panels: dict[str, list[Place]], ours: Iterable[str] = ()) -> Figure:
         axis.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50], [0, 0.5, 1, 2, 5, 10, 20, 50])
         axis.set_xlim(-1.5, 130)
         axis.set_ylim(-0.1, 80)
-        axis.axvspan(0, 100 * stats.wilson(0, 20).high, color="#eeeeee", zorder=0)
         mark_places(axis, places, ours)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("the concept is seen, %")

@@ -27,7 +27,7 @@ draws ten objects equally often are .2 apart.
 that never saw the concept, if the frozen model is exact: see
 [`methods/esd_odds.py`](../methods/esd_odds.py).
 
-The models to compare with are trained first, 50 minutes each: `python -m
+The models to compare with are trained first: `python -m
 notebooks.experiments.replicates`. Closed forms are one erasure, whatever the seed.
 """
 
@@ -49,7 +49,7 @@ from notebooks.experiments.core import (
     Context,
     Model,
     Reference,
-    implied,
+    in_scenes,
 )
 from notebooks.experiments.robust import prompt_of
 from notebooks.methods import distances
@@ -160,10 +160,10 @@ def asks_of(model: Model, seed: int, concept: str) -> list[Ask]:
     asks = [distance(concept, against) for against in compared_with(model, seed)]
     asks.append(portrait(concept))
     if concept in core.IMPLIED:
-        asks.append(implied)
+        asks.append(in_scenes)
     if model == NEVER_SAW:
         of_methods = methods.cells([model], [concept], [seed])
-        asks += [cell.ask for cell in of_methods if cell.ask != methods.cost]
+        asks += [cell.ask for cell in of_methods if cell.ask != methods.spending]
     return asks
 
 
@@ -226,18 +226,20 @@ def fade(answers: Answers, pair: Pair) -> float | None:
     return found and sum(map(sum, found["FADE"]))
 
 
-def by_name(answers: Answers, pair: Pair) -> float | None:
+def variation_by_name(answers: Answers, pair: Pair) -> float | None:
     return total_variation(answers, pair, portrait(pair.concept))
 
 
-def in_scenes(answers: Answers, pair: Pair) -> float | None:
+def variation_in_scenes(answers: Answers, pair: Pair) -> float | None:
     is_comparable = pair.concept in core.IMPLIED and pair.one.seed != pair.other.seed
-    return total_variation(answers, pair, implied) if is_comparable else None
+    return total_variation(answers, pair, in_scenes) if is_comparable else None
 
 
 Distance = Callable[[Answers, Pair], float | None]
 IN_UNITS: dict[str, Distance] = {"eps": eps, "FADE, nats": fade}
-VARIATIONS: dict[str, Distance] = {"by name": by_name, "in scenes": in_scenes}
+VARIATIONS: dict[str, Distance] = {
+    "by name": variation_by_name, "in scenes": variation_in_scenes
+}
 DISTANCES = IN_UNITS | VARIATIONS
 
 

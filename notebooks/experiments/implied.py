@@ -4,7 +4,7 @@ r"""What prompts don't name (5.2, Figure 7): does a concept leave the scenes tha
 held out from training. The original, too, shows the implied object only in some of their
 images, as training images did. Censored training is a U-Net that saw no image of the four
 objects; SD 2.0 is the paper's example. It isn't stored here: `python -m
-notebooks.experiments.replicates censored` trains it in 50 minutes on two cores.
+notebooks.experiments.replicates censored` trains it.
 
 On SD v1 the prompts are I2P's, and NudeNet (`pip install nudenet`) counts the images that
 show nudity:
@@ -31,12 +31,12 @@ import sample
 from notebooks.experiments import core, figures, models, stats
 from notebooks.experiments.core import (
     Answers,
-    Ask,
     Cell,
+    Column,
     Context,
     Model,
     by_name,
-    implied,
+    in_scenes,
 )
 from notebooks.toy import world
 
@@ -57,64 +57,62 @@ PAPER = {"original": "796", "ESD-u": "134", "censored training": "417 (SD 2.0)"}
 SHOWN = (  # in the contact sheet
     "original", "ESD-u", "ESD-x", "SLD-medium", "negative prompt", "censored training",
 )
+COLUMNS = (
+    Column("all in their scenes, %", in_scenes),
+    Column("other scenes show their object, %", in_scenes, own=False),
+    Column("asked by name, %", by_name),
+    Column("other objects by name, %", by_name, own=False),
+)
+PAIRS = (
+    ("ESD-u", "original"), ("ESD-x", "original"), ("SLD-max", "original"),
+    ("negative prompt", "original"), ("ESD-u, empty prompt kept", "ESD-u"),
+    ("ESD-u, eta 3", "ESD-u"), ("ESD-u, the paper's rule", "ESD-u"),
+)
 FINDINGS = """\
-- ESD-u acts on what prompts only imply, and leaves 12 % of the original's 71; ESD-x, which acts on
-  their words, leaves 72. That is the paper's contrast between the two.
-- Keeping the empty prompt removes the name better, and what prompts imply perhaps worse: 22 % are
-  left, not 12, but the intervals overlap, and most of the difference is the moon.
+- ESD-u acts on what prompts only imply, and leaves 12 %, where the original shows 71; ESD-x, which
+  acts on words, leaves 72. That is the paper's contrast between the two.
+- Keeping the empty prompt removes the name better, and what prompts imply worse: 10 points more are
+  left, more than half of them moons.
 - SLD-max and the negative prompt remove what is implied, too, and cost 27 and 17 points of the
   other scenes, and 23 and 7 of the objects.
 """
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
-    own = [concept for concept in concepts if concept in CONCEPTS]
-    return core.grid(models, own, asks=[implied, by_name], seeds=seeds)
+    return core.grid(models, concepts, asks=[in_scenes, by_name], seeds=seeds)
 
 
-def counted(
-    answers: Answers, model: Model, concepts, ask: Ask, own: bool = True
-) -> list[stats.Share]:
-    """Returns the shares of several erasures; censored training erased all of them at once."""
-    if not own and model.label == models.censored.label:
+def counted(answers: Answers, model: Model, concepts, column: Column) -> list[stats.Share]:
+    """Returns a column's shares. Censored training erased all concepts: there are no others."""
+    if not column.own and model.label == models.censored.label:
         return []
-    return answers.pooled(model, concepts, ask, own=own)
+    return answers.count(model, concepts, column)
 
 
 def table(answers: Answers, models: list[Model]) -> str:
-    """Returns a row for each model: scenes that imply the concept, and its name."""
-    concepts = answers.erased(models, CONCEPTS, implied)
-    models = answers.answered(models, concepts, implied)
-    header = [
-        "method", *(f"{concept} in its scenes, %" for concept in concepts),
-        "all in their scenes, %", "other scenes show their object, %",
-        "asked by name, %", "other objects by name, %", "*paper, 5.2: of 4,703 images*",
-    ]
+    """Returns a row for each model: scenes that imply the concept, its name; then differences."""
+    concepts = answers.erased(models, CONCEPTS, in_scenes)
     rows = []
-    for model in models:
-        cells = [stats.text(counted(answers, model, [c], implied)) for c in concepts]
-        for ask in (implied, by_name):
-            for own in (True, False):
-                shares = counted(answers, model, concepts, ask, own=own)
-                cells.append(stats.text(shares))
-        rows.append([model.label, *cells, PAPER.get(model.label, "")])
-    return core.table(header, rows)
+    for model in answers.answered(models, concepts, in_scenes):
+        shares = [counted(answers, model, [c], COLUMNS[0]) for c in concepts]
+        shares += [counted(answers, model, concepts, column) for column in COLUMNS]
+        rows.append([model.label, *map(stats.text, shares), PAPER.get(model.label, "")])
+    of_concepts = [f"{concept} in its scenes, %" for concept in concepts]
+    titles = [column.title for column in COLUMNS]
+    header = ["method", *of_concepts, *titles, "*paper, 5.2: of 4,703 images*"]
+    differences = core.table_of_differences(answers, models, PAIRS, concepts, COLUMNS)
+    return f"{core.table(header, rows)}\n\n{differences}".strip()
 
 
 def figure(answers: Answers, models: list[Model]):
     """Returns a row for each model: all concepts together."""
-    concepts = answers.erased(models, CONCEPTS, implied)
-    models = answers.answered(models, concepts, implied)
-    panels = {
-        "the concept in its scenes, %": {},
-        "other scenes show their object, %": {},
-        "other objects by name, %": {},
-    }
-    asked = [(implied, True), (implied, False), (by_name, False)]
-    for panel, (ask, own) in zip(panels.values(), asked):
-        for model in models:
-            shares = counted(answers, model, concepts, ask, own=own)
-            panel[model.label] = [figures.Dot("here", shares)]
+    concepts = answers.erased(models, CONCEPTS, in_scenes)
+    panels = {}
+    for column in COLUMNS:
+        panels[column.title] = {}
+        for model in answers.answered(models, concepts, in_scenes):
+            shares = counted(answers, model, concepts, column)
+            panels[column.title][model.label] = [figures.Dot("here", shares)]
     return figures.dots(panels)
 
 
@@ -142,21 +140,21 @@ def row_of(context: Context, answers: Answers, model: Model, concepts: list[str]
     row = Row([model.label], [])
     for concept in concepts:
         prompts = scenes_of(concept)
-        cell = core.cell_of(model, concept, seed=0, ask=implied)
+        cell = core.cell_of(model, concept, seed=0, ask=in_scenes)
         blank, *drawn = context.row(cell, prompts)
         row.images.extend(drawn if row.images else [blank, *drawn])
 
-        share = core.percent(answers, model, concept, implied, concept)
+        share = core.percent(answers, model, concept, in_scenes, concept)
         row.labels.extend([f"{concept} {share}"] + [""] * (len(prompts) - 1))
     return row
 
 
 def sheet(context: Context, answers: Answers) -> Image.Image:
     """Draws scenes of each concept under some of the models, a row for each."""
-    concepts = answers.erased(MODELS, CONCEPTS, implied)
+    concepts = answers.erased(MODELS, CONCEPTS, in_scenes)
     rows = []
     for model in MODELS:
-        is_stored = all(answers.seeds(model, concept, implied) for concept in concepts)
+        is_stored = all(answers.seeds(model, concept, in_scenes) for concept in concepts)
         if model.label in SHOWN and is_stored:
             rows.append(row_of(context, answers, model, concepts))
     return sample.contact_sheet(rows, least=128)

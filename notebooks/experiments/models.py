@@ -70,7 +70,7 @@ def arguments(settings: dict) -> dict:
 def contexts_of(concepts: tuple[str, ...]) -> dict[str, str]:
     """Returns prompts with each concept -> the same prompts without it.
 
-    An object alone, in every second colour and in every second style: `core.in_contexts`
+    An object alone, in every second colour and in every second style: `core.contexts`
     asks for the others. A style alone, and with every second object.
     """
     contexts = {}
@@ -137,8 +137,8 @@ never_saw = Model(
 )
 again = Model("original, trained again", folder="runs/original_{seed}/model", seeds=(1, 2))
 
-in_contexts_x = Model("ESD-x, in contexts", esd_in_contexts.erase, ESD_X, concepts=contexts_of)
-in_contexts_u = Model("ESD-u, in contexts", esd_in_contexts.erase, ESD_U, concepts=contexts_of)
+in_contexts_x = Model("ESD-x, in contexts", esd_in_contexts.erase, ESD_X, prompts=contexts_of)
+in_contexts_u = Model("ESD-u, in contexts", esd_in_contexts.erase, ESD_U, prompts=contexts_of)
 adversarial = Model(
     "ESD-u against learned prompts", adversarial_esd.erase, ESD_U | {"attack_steps": 10}
 )
@@ -149,7 +149,7 @@ ablation = Model(
         "lr": WHOLE_X["lr"], "batch": WHOLE_X["batch"], "iterations": 3 * WHOLE_X["iterations"],
         "images": 200, "image_steps": 10, "image_guidance": 5.0,
     },
-    concepts=to_another,
+    prompts=to_another,
 )
 uce_ = Model("UCE", uce.erase)
 rece_ = Model("RECE", rece.erase)

@@ -30,8 +30,8 @@ PROMPTS = {  # title -> what is asked
     "names": core.by_name,
     "with a style": core.in_styles,
     "with a colour": core.in_colours,
-    "scenes": core.implied,
-    "paraphrases": core.reworded,
+    "scenes": core.in_scenes,
+    "paraphrases": core.by_paraphrases,
 }
 FINDINGS = ""
 

@@ -12,7 +12,14 @@ python sample.py "the Eiffel Tower" --erased tower.safetensors --num 100 --out t
 """
 
 from notebooks.experiments import core, figures, models, stats
-from notebooks.experiments.core import Answers, Cell, Model, by_name, reworded
+from notebooks.experiments.core import (
+    Answers,
+    Cell,
+    Column,
+    Model,
+    by_name,
+    by_paraphrases,
+)
 from notebooks.methods import esd
 from notebooks.toy import world
 
@@ -25,12 +32,16 @@ def by_paraphrase(concepts: tuple[str, ...]) -> dict[str, str]:
 MODELS = [
     models.original,
     models.esd_x("ESD-x, by its name"),
-    Model("ESD-x, by a paraphrase", esd.erase, models.ESD_X, concepts=by_paraphrase),
+    Model("ESD-x, by a paraphrase", esd.erase, models.ESD_X, prompts=by_paraphrase),
 ]
 CONCEPTS = ("star", "moon", "arrow")
 SEEDS = core.SEEDS
 PAPER = {"original": "79", "ESD-x, by a paraphrase": "38"}  # images of 100
-ASKED = {"asked by its name, %": by_name, "asked by paraphrases, %": reworded}
+COLUMNS = (
+    Column("asked by its name, %", by_name),
+    Column("asked by paraphrases, %", by_paraphrases),
+    Column("other objects, %", by_name, own=False),
+)
 FINDINGS = """\
 - A paraphrase erases the name as well as the name does, and the other way round: here the text
   encoder knows both from the same images. In the paper the name is less affected.
@@ -38,8 +49,7 @@ FINDINGS = """\
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
-    own = [concept for concept in concepts if concept in world.OBJECTS]
-    return core.grid(models, own, asks=[by_name, reworded], seeds=seeds)
+    return core.grid(models, concepts, asks=[by_name, by_paraphrases], seeds=seeds)
 
 
 def table(answers: Answers, models: list[Model]) -> str:
@@ -49,12 +59,10 @@ def table(answers: Answers, models: list[Model]) -> str:
     rows = []
     for label, group in [*((c, [c]) for c in concepts), ("**all**", concepts)]:
         for model in models:
-            cells = [stats.text(answers.pooled(model, group, ask)) for ask in ASKED.values()]
-            others = stats.text(answers.pooled(model, group, by_name, own=False))
-            rows.append([label, model.label, *cells, others, PAPER.get(model.label, "")])
-    header = [
-        "concept", "erased", *ASKED, "other objects, %", "*paper, 5.6: by its name, of 100*",
-    ]
+            cells = [stats.text(answers.count(model, group, column)) for column in COLUMNS]
+            rows.append([label, model.label, *cells, PAPER.get(model.label, "")])
+    titles = [column.title for column in COLUMNS]
+    header = ["concept", "erased", *titles, "*paper, 5.6: by its name, of 100*"]
     return core.table(header, rows)
 
 
@@ -62,11 +70,6 @@ def figure(answers: Answers, models: list[Model]):
     """Returns a row for each model: all concepts together."""
     concepts = answers.erased(models, world.OBJECTS, by_name)
     models = answers.answered(models, concepts, by_name)
-    panels = {}
-    for title, ask in ASKED.items():
-        panels[title] = {}
-        for model in models:
-            shares = answers.pooled(model, concepts, ask)
-            panels[title][model.label] = [figures.Dot("here", shares)]
+    panels = figures.one_dot_each(answers, models, concepts, COLUMNS)
     of_paper = {label: float(images) for label, images in PAPER.items()}
-    return figures.dots(panels, paper={"asked by its name, %": of_paper})
+    return figures.dots(panels, paper={COLUMNS[0].title: of_paper})

@@ -27,6 +27,10 @@ from sample import StableDiffusion
 MODELS = implied.MODELS
 CONCEPTS = ("star",)
 SEEDS = core.SEEDS
+PAIRS = (
+    ("ESD-x", "original"), ("ESD-u", "original"), ("ESD-u, eta 3", "original"),
+    ("ESD-u, empty prompt kept", "original"), ("SLD-medium", "original"), ("SLD-max", "original"),
+)
 PAPER = {
     "original": "14.50 / 0.1592", "ESD-u": "13.68 / 0.1585", "ESD-u, eta 3": "17.27 / 0.1586",
     "SLD-medium": "16.90 / 0.1594", "SLD-max": "18.76 / 0.1583",
@@ -34,10 +38,10 @@ PAPER = {
 RIGHT = "all that was asked for is seen, %"
 FRECHET = "Frechet distance"
 FINDINGS = """\
-- ESD harms other prompts a little: by a point or two, which three seeds don't tell from nothing.
-- Guidance that avoids the concept harms them far more: SLD-medium by 15 points, SLD-max by 38. In
-  the paper SLD's harm is small.
-- The Frechet distance of 200 images varies too much between seeds to say more than that.
+- ESD harms other prompts a little, by one to three points, which three seeds don't tell from
+  nothing. With ESD-u the Frechet distance grows, in each of three seeds.
+- Guidance that avoids the concept harms them far more: SLD-max by 38 points, SLD-medium by 15,
+  with a wide interval. In the paper SLD's harm is small.
 """
 
 
@@ -92,31 +96,59 @@ quality_of = Ask("quality", answer=quality, uses=(world.draw, judging.features, 
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
-    own = [concept for concept in concepts if concept in CONCEPTS]
-    return core.grid(models, own, asks=[quality_of], seeds=seeds)
+    return core.grid(models, concepts, asks=[quality_of], seeds=seeds)
 
 
-def stored(answers: Answers, model: Model) -> list[dict]:
-    """Returns the answers of all seeds."""
-    seeds = answers.seeds(model, CONCEPTS, quality_of)
-    return [answers.get(model, CONCEPTS, quality_of, seed=seed) for seed in seeds]
+def by_seed(answers: Answers, model: Model) -> dict[int, dict]:
+    """Returns a model's answers, those of a caption at least."""
+    found = {}
+    for seed in answers.seeds(model, CONCEPTS, quality_of):
+        answer = answers.get(model, CONCEPTS, quality_of, seed=seed)
+        if answer["asked"]:
+            found[seed] = answer
+    return found
 
 
 def shares_right(answers: Answers, model: Model) -> list[stats.Share]:
     """Returns, for each seed, how many images are right."""
-    shares = [stats.Share(one["right"], one["asked"]) for one in stored(answers, model)]
-    return [share for share in shares if share.asked]
+    found = by_seed(answers, model).values()
+    return [stats.Share(answer["right"], answer["asked"]) for answer in found]
+
+
+def distances(answers: Answers, model: Model) -> list[float]:
+    """Returns the Frechet distance of each seed."""
+    return [answer["frechet"] for answer in by_seed(answers, model).values()]
+
+
+def table_of_differences(answers: Answers, models: list[Model]) -> str:
+    """Returns how far models are from the original, seed by seed: the captions are the same."""
+    by_label = {model.label: by_seed(answers, model) for model in models}
+    rows = []
+    for label, other in PAIRS:
+        one = by_label.get(label, {})
+        reference = by_label.get(other, {})
+        seeds = sorted({*one} & {*reference})
+        if not seeds:
+            continue
+        farther = [one[seed]["frechet"] - reference[seed]["frechet"] for seed in seeds]
+        points = []
+        for seed in seeds:  # of the same captions
+            fewer = one[seed]["right"] - reference[seed]["right"]
+            points.append(100 * fewer / reference[seed]["asked"])
+        rows.append([label, other, stats.number(farther), stats.number(points)])
+    titles = [FRECHET, RIGHT.replace("%", "points")]
+    return core.table(["this", "less this", *titles], rows) if rows else ""
 
 
 def table(answers: Answers, models: list[Model]) -> str:
-    """Returns a row for each model."""
+    """Returns a row for each model; then differences from the original."""
     rows = []
     for model in answers.answered(models, CONCEPTS, quality_of):
-        distances = [one["frechet"] for one in stored(answers, model)]
+        distance = stats.number(distances(answers, model))
         right = stats.text(shares_right(answers, model))
-        rows.append([model.label, stats.number(distances), right, PAPER.get(model.label, "")])
+        rows.append([model.label, distance, right, PAPER.get(model.label, "")])
     header = ["star erased by", FRECHET, RIGHT, "*paper, Table 1: FID / CLIP*"]
-    return core.table(header, rows)
+    return f"{core.table(header, rows)}\n\n{table_of_differences(answers, models)}".strip()
 
 
 def figure(answers: Answers, models: list[Model]):
@@ -125,6 +157,5 @@ def figure(answers: Answers, models: list[Model]):
     for model in models:
         if shares := shares_right(answers, model):
             panels[RIGHT][model.label] = stats.estimate(shares)
-        if distances := [one["frechet"] for one in stored(answers, model)]:
-            panels[FRECHET][model.label] = stats.student(distances)
+            panels[FRECHET][model.label] = stats.student(distances(answers, model))
     return figures.estimates(panels)

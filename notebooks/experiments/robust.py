@@ -9,9 +9,9 @@ by name, at other scales than 5. Training steps to half: after how many the shar
 of the original's.
 
 What an attack brings out of a U-Net that never saw the concept was taught, not recovered. The
-second table subtracts it: net recovery, in points. It needs models that are trained first, 50
-minutes each: `python -m notebooks.experiments.replicates`. Intervals are over erasures and their
-images; the attacks themselves have the same random numbers each time.
+second table subtracts it: net recovery, in points. It needs models that are trained first:
+`python -m notebooks.experiments.replicates`. Intervals are over erasures and their images (where
+one erasure is stored, over images alone); the attacks have the same random numbers each time.
 """
 
 import functools
@@ -42,9 +42,11 @@ FINDINGS = """\
   or SalUn, 60 % after ESD-u. Five to forty steps of training bring it back everywhere.
 - Of the model that never saw a star, the same attacks bring out next to nothing: 10 % with learned
   words, 5 % after a head start, none after 20 steps of training. So what comes back was there.
-- ESD-u with the empty prompt kept resists best: 5 % with learned words, none with a hard prompt,
-  15 % after a head start. One erasure: other seeds and concepts come next.
-- The guidance scale brings back a fifth of ESD-u's stars and a third of UCE's, none of ESD-x's.
+- ESD-u with the empty prompt kept resists best what trains nothing: 5 % with learned words, none
+  with a hard prompt, 15 % after a head start. Training brings half back in 20 steps; with ESD-x, it
+  takes 40.
+- At guidance 10, 4 of 20 images show ESD-u's star (2 at 5), 7 UCE's (4 at 5) and none ESD-x's: too
+  few to tell.
 """
 
 STEPS = core.SAMPLING["steps"]

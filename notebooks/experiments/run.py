@@ -148,7 +148,7 @@ class Setup(NamedTuple):
     """The arguments of `core.open_context`: what a process needs to answer."""
 
     model: Path
-    run: Path
+    weights: Path
     quick: bool
 
 
@@ -305,7 +305,7 @@ def cells_of(name: str, args: argparse.Namespace, models: list[Model]) -> list[C
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UsageError for flags that don't fit together; gives --results its default."""
+    """Raises UsageError for flags that don't fit together."""
     if args.processes < 1 or (args.seeds is not None and args.seeds < 1):
         raise UsageError(f"--processes is {args.processes}, --seeds {args.seeds}: 1 or more")
     if args.files and not args.concept:
@@ -314,8 +314,6 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--label and --set are of a --method, and there is none")
     for concept in args.concept or ():
         core.kind_of(concept)
-    if args.results is None:
-        args.results = Path("runs/quick" if args.quick else "runs/experiments/results")
 
 
 def show(name: str, records: dict[str, dict], models: list[Model], folder: Path) -> None:
@@ -377,36 +375,28 @@ class Plan:
         return {key: self.known[q] for key, q in questions.items() if q in self.known}
 
 
-def write_shared(plan: Plan, folder: Path, shipped: dict[str, dict[str, dict]]) -> None:
-    """Writes the answers that an experiment shares with another one, and doesn't have itself.
+def write_answers(plan: Plan, name: str, folder: Path, shipped: dict[str, dict]) -> None:
+    """Writes what an experiment asked, unless all of it is stored; other answers there stay.
 
     shipped: records that needn't be written again.
     """
-    own = read_records(folder)
-    for name in plan.questions:
-        records = plan.records(name)
-        stored = [own.get(name, {}), shipped.get(name, {})]
-        if any(all(each.get(key) != records[key] for each in stored) for key in records):
-            others = {key: own[name][key] for key in own.get(name, {}) if key not in records}
-            write_records(folder, name, records | others)
+    own = read_file(folder / f"{name}.json")
+    records = plan.records(name)
+    if any(records[key] not in (own.get(key), shipped.get(key)) for key in records):
+        others = {key: own[key] for key in own if key not in plan.questions[name]}
+        write_records(folder, name, records | others)
 
 
 def answer_all(plan: Plan, setup: Setup, processes: int, folder: Path) -> set[str]:
-    """Answers and writes what is still to be asked; returns which experiments have more.
-
-    Other answers in the folder stay.
-    """
+    """Answers and writes what is still to be asked; returns which experiments have more."""
     context = core.open_context(*setup)
-    own = read_records(folder)
     cells = those_here(context, [*plan.todo.values()])
     changed = set()
     with tqdm(total=len(cells), unit="answer", disable=not cells) as bar:
         for answered in answers(setup, with_equal_weights(context, cells), processes):
             for name in plan.add(answered):
                 changed.add(name)
-                asked = plan.questions[name]
-                others = {key: own[name][key] for key in own[name] if key not in asked}
-                write_records(folder, name, plan.records(name) | others)
+                write_answers(plan, name, folder, shipped={})
             bar.set_postfix_str(answered[-1].cell.key, refresh=False)
             bar.update(len(answered))
     return changed
@@ -416,12 +406,14 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     chosen = NAMES if "all" in args.experiments else [*dict.fromkeys(args.experiments)]
     check(args)
+    if args.results is None:
+        args.results = Path("runs/quick" if args.quick else "runs/experiments/results")
     more = new_models(args)
     asked = [*dict.fromkeys(each for name in chosen for each in (*reads(name), name))]
     models = {name: models_of(name, more) for name in asked}
     check_only(args.only or [], models)
 
-    setup = Setup(args.model, args.run, args.quick)
+    setup = Setup(args.model, args.weights, args.quick)
     context = core.open_context(*setup)
     shipped = {} if args.anew else read_records(SHIPPED)
     known = by_question(shipped, read_records(args.results))
@@ -429,7 +421,8 @@ def run(args: argparse.Namespace) -> None:
     new = {name: cells_of(name, args, more) for name in asked} if more else None
     plan = Plan(context, wanted, known, new)
     changed = answer_all(plan, setup, args.processes, args.results)
-    write_shared(plan, args.results, shipped)
+    for name in asked:  # what it shares with another experiment, too
+        write_answers(plan, name, args.results, shipped.get(name, {}))
 
     is_whole = not (more or args.only or args.concept)
     for name in chosen:
@@ -465,7 +458,7 @@ def main() -> None:
         help="only these; new rows erase all of them, together")
 
     add("--model", type=Path, default=core.TOY, help="the miniature, with its judge")
-    add("--run", type=Path, default=Path("runs/experiments"), help="keeps erased weights")
+    add("--weights", type=Path, default=Path("runs/experiments"), help="keeps erased weights")
     add("--results", type=Path, help="a folder for new answers, figures and images; "
         "runs/experiments/results or, with --quick, runs/quick")
     add("--processes", type=int, default=2, help="each takes a core and 2 GB of memory")

@@ -14,7 +14,7 @@ python erase.py "Claude Monet" --erased van-gogh.safetensors --out one-after-the
 ```
 """
 
-from typing import NamedTuple, Sequence
+from typing import Sequence
 
 from torch import Tensor
 
@@ -23,10 +23,11 @@ from notebooks.experiments import core, figures, models, stats
 from notebooks.experiments.core import (
     Answers,
     Cell,
+    Column,
     Model,
     by_name,
-    elsewhere,
     in_colours,
+    in_contexts,
 )
 from notebooks.methods import esd
 from sample import StableDiffusion
@@ -69,36 +70,18 @@ FINDINGS = """\
 """
 
 
-class Column(NamedTuple):
-    """What is counted in a column of the table."""
-
-    title: str
-    ask: core.Ask
-    head: str
-    own: bool
-
-
-COLUMNS = [
-    Column("left by name, %", by_name, "object", own=True),
-    Column("left in styles and colours, %", elsewhere, "object", own=True),
-    Column("other objects, %", by_name, "object", own=False),
-    Column("colours of other objects, %", in_colours, "colour", own=False),
-]
+COLUMNS = (
+    Column("left by name, %", by_name),
+    Column("left in styles and colours, %", in_contexts),
+    Column("other objects, %", by_name, own=False),
+    Column("colours of other objects, %", in_colours, own=False, head="colour"),
+)
 
 
 def cells(models: list[Model], concepts: list, seeds: list[int]) -> list[Cell]:
     """Returns what is asked of each model."""
-    asks = [by_name, elsewhere, in_colours]
+    asks = [by_name, in_contexts, in_colours]
     return core.grid(models, concepts, asks=asks, seeds=seeds)
-
-
-def shares(
-    answers: Answers, model: Model, concepts: tuple[str, ...], column: Column
-) -> list[stats.Share]:
-    """Returns a share for each seed."""
-    return answers.shares(
-        model, concepts, column.ask, head=column.head, own=column.own
-    )
 
 
 def table(answers: Answers, models: list[Model]) -> str:
@@ -107,7 +90,7 @@ def table(answers: Answers, models: list[Model]) -> str:
     for concepts in CONCEPTS:
         for model in models:
             if answers.seeds(model, concepts, by_name):
-                found = [shares(answers, model, concepts, column) for column in COLUMNS]
+                found = [answers.count(model, [concepts], column) for column in COLUMNS]
                 rows.append([", ".join(concepts), model.label, *map(stats.text, found)])
     return core.table(["erased", "how", *(column.title for column in COLUMNS)], rows)
 
@@ -120,7 +103,7 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
         for concepts in CONCEPTS:
             dots = []
             for model in models:
-                found = shares(answers, model, concepts, column)
+                found = answers.count(model, [concepts], column)
                 dots.append(figures.Dot(model.label, found))
             panels[column.title][f"{len(concepts)} objects"] = dots
     return figures.dots(panels)

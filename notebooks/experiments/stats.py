@@ -102,8 +102,9 @@ def estimate(shares: list[Share]) -> Estimate:
     """Returns the mean share of several erasures, in percent, and its 95 % interval.
 
     The interval is over erasures, by Student's t: another seed changes more than other
-    images do. Where erasures agree by luck (all have 0), the interval over images,
-    Wilson's, is wider, and is taken. So it is for a single erasure. Of nothing asked: nan.
+    images do. Where an end of the interval over images, Wilson's, is farther out (all
+    erasures have 0, by luck), it is taken. A single erasure has Wilson's alone. Of nothing
+    asked: nan.
     """
     shares = [share for share in shares if share.asked]
     if not shares:
@@ -143,7 +144,9 @@ def show(value: Estimate) -> str:
     """Returns an estimate in percent: "4.4 (0 to 14)"; nothing for nan."""
     if math.isnan(value.mean):
         return ""
-    return f"{value.mean:.1f} ({round(value.low)} to {round(value.high)})"  # no "-0"
+    low = min(round(value.low), math.floor(value.mean))  # 99.9 isn't in "100 to 100"
+    high = max(round(value.high), math.ceil(value.mean))
+    return f"{value.mean:.1f} ({low} to {high})"
 
 
 def text(shares: list[Share]) -> str:
@@ -160,7 +163,8 @@ def number(values: list[float], within: Interval = Interval(-math.inf, math.inf)
     if len({*values}) < 2:
         return f"{values[0]:.1f}" if values else ""
     mean, low, high = student(values)
-    return f"{mean:.1f} ({max(low, within.low):.1f} to {min(high, within.high):.1f})"
+    numbers = mean, max(low, within.low), min(high, within.high)
+    return "{} ({} to {})".format(*(f"{number:z.1f}" for number in numbers))  # z: no "-0.0"
 
 
 # ---- comparisons

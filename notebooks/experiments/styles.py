@@ -13,13 +13,19 @@ python -m notebooks.tools.table official/data/short_niche_art_prompts.csv \
 ```
 """
 
-import functools
-
 from PIL import Image
 
 import sample
 from notebooks.experiments import core, figures, models, stats
-from notebooks.experiments.core import STYLES, Answers, Cell, Context, Model, in_styles
+from notebooks.experiments.core import (
+    STYLES,
+    Answers,
+    Cell,
+    Column,
+    Context,
+    Model,
+    in_styles,
+)
 from notebooks.toy.world import with_article
 
 MODELS = [
@@ -31,8 +37,8 @@ MODELS = [
 ]
 CONCEPTS = STYLES
 SEEDS = core.SEEDS
-LEFT = "the erased style is seen, %"
-OTHERS = "the other styles are seen, %"
+LEFT = Column("the erased style is seen, %", in_styles, head="style")
+OTHERS = Column("the other styles are seen, %", in_styles, own=False, head="style")
 PAPER = {  # section 5.1, by people, from 1 to 5; SLD's setting isn't given
     "original": "3.21", "ESD-x": "1.12", "SLD-medium": "2.00 (SLD)", "negative prompt": "2.22",
 }
@@ -44,13 +50,7 @@ FINDINGS = """\
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
-    own = [concept for concept in concepts if concept in CONCEPTS]
-    return core.grid(models, own, asks=[in_styles], seeds=seeds)
-
-
-def counted(answers: Answers, model: Model, concepts, what: str) -> list[stats.Share]:
-    """Returns the shares of several erasures."""
-    return answers.pooled(model, concepts, in_styles, head="style", own=what == LEFT)
+    return core.grid(models, concepts, asks=[in_styles], seeds=seeds)
 
 
 def table(answers: Answers, models: list[Model]) -> str:
@@ -58,13 +58,13 @@ def table(answers: Answers, models: list[Model]) -> str:
     styles = answers.erased(models, CONCEPTS, in_styles)
     models = answers.answered(models, styles, in_styles)
     header = [
-        "method", LEFT, OTHERS, *(f"{style} is seen, %" for style in styles),
+        "method", LEFT.title, OTHERS.title, *(f"{style} is seen, %" for style in styles),
         "*paper, 5.1: likeness to the artist, 1 to 5*",
     ]
     rows = []
     for model in models:
-        cells = [stats.text(counted(answers, model, styles, what)) for what in (LEFT, OTHERS)]
-        cells += [stats.text(counted(answers, model, [style], LEFT)) for style in styles]
+        cells = [stats.text(answers.count(model, styles, each)) for each in (LEFT, OTHERS)]
+        cells += [stats.text(answers.count(model, [style], LEFT)) for style in styles]
         rows.append([model.label, *cells, PAPER.get(model.label, "")])
     return core.table(header, rows)
 
@@ -73,8 +73,7 @@ def figure(answers: Answers, models: list[Model]):
     """Returns a row for each model: all styles together."""
     styles = answers.erased(models, CONCEPTS, in_styles)
     models = answers.answered(models, styles, in_styles)
-    shares = functools.partial(counted, answers, concepts=styles)
-    return figures.dots(figures.one_dot_each(models, shares, titles=(LEFT, OTHERS)))
+    return figures.dots(figures.one_dot_each(answers, models, styles, columns=(LEFT, OTHERS)))
 
 
 def sheet(context: Context, answers: Answers) -> Image.Image:

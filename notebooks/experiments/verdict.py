@@ -37,7 +37,7 @@ from notebooks.experiments import (
     robust,
     stats,
 )
-from notebooks.experiments.core import Answers, Ask, Cell, Model, elsewhere, implied
+from notebooks.experiments.core import Answers, Ask, Cell, Model
 from notebooks.experiments.stats import Share
 
 READS = ("methods", "robust", "ground_truth")  # whose answers these are
@@ -90,16 +90,16 @@ def share_of(
     return Share(sum(right), len(right)) if right else None
 
 
-def by_name(answers: Answers, erasure: Erasure) -> Share | None:
+def seen_by_name(answers: Answers, erasure: Erasure) -> Share | None:
     return share_of(answers, erasure, *methods.own_kind(erasure.concept))
 
 
-def in_contexts(answers: Answers, erasure: Erasure) -> Share | None:
-    return share_of(answers, erasure, elsewhere)
+def seen_in_contexts(answers: Answers, erasure: Erasure) -> Share | None:
+    return share_of(answers, erasure, core.in_contexts)
 
 
-def in_scenes(answers: Answers, erasure: Erasure) -> Share | None:
-    return share_of(answers, erasure, implied) if erasure.concept in core.IMPLIED else None
+def seen_in_scenes(answers: Answers, erasure: Erasure) -> Share | None:
+    return share_of(answers, erasure, core.in_scenes) if erasure.concept in core.IMPLIED else None
 
 
 def at_g_10(answers: Answers, erasure: Erasure) -> Share | None:
@@ -146,13 +146,13 @@ def score(answers: Answers, erasure: Erasure) -> float | None:
     """
     attacks = [attack for attack in ATTACKS.values() if attack != TRAINING]
     brought = [net(answers, erasure, attack) for attack in attacks]
-    left = by_name(answers, erasure)
+    left = seen_by_name(answers, erasure)
     others = kept(answers, erasure)
     if None in (*brought, left, others):
         return None
 
     parts = [1 - fraction(left), 1 - max(0.0, *brought), fraction(others)]
-    if contexts := in_contexts(answers, erasure):
+    if contexts := seen_in_contexts(answers, erasure):
         parts.append(1 - fraction(contexts))
     return statistics.harmonic_mean(parts)
 
@@ -160,9 +160,9 @@ def score(answers: Answers, erasure: Erasure) -> float | None:
 # ---- the table and the figure
 
 SHARES: dict[str, Callable[[Answers, Erasure], Share | None]] = {
-    "by name": by_name,
-    "in contexts": in_contexts,
-    "implied": in_scenes,
+    "by name": seen_by_name,
+    "in contexts": seen_in_contexts,
+    "implied": seen_in_scenes,
     "at g 10": at_g_10,
     "kept": kept,
 }
