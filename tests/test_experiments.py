@@ -22,7 +22,7 @@ import torch
 
 import erase
 import sample
-from notebooks.experiments import core, figures, models, page, run, stats
+from notebooks.experiments import checksums, core, figures, models, page, run, stats
 from notebooks.experiments.core import Answers, Ask, Model, Share
 from notebooks.methods import esd, lora, safe_latent_diffusion, uce
 from notebooks.toy import judge as judging
@@ -365,6 +365,7 @@ def test_differences_are_of_the_same_concept_and_seed():
     assert answers.count(a_model, ["star", "moon"], column) == [
         Share(17, 20), Share(10, 20), Share(3, 20)
     ]
+    assert answers.count(a_model, ["star"], others) == [Share(180, 180)] * 3
     differences = answers.differences(a_model, another, ["star", "moon"], column)
     assert differences == pytest.approx([10, 10])
     assert answers.differences(another, a_model, ["star"], column) == pytest.approx([-10, -10])
@@ -466,7 +467,7 @@ def test_a_codes_checksum_changes_with_what_it_does(module_of):
     def checksum(source, of_helper=HELPER):
         module = module_of(of_helper, helper)
         sys.modules["notebooks.methods"].helper = module
-        return core.code_of(module_of(source))
+        return checksums.code_of(module_of(source))
 
     try:
         first = checksum(SOURCE)
@@ -492,9 +493,9 @@ def test_a_codes_checksum_changes_with_what_it_does(module_of):
 
 def test_an_edit_during_a_run_does_not_pass_for_what_was_run(module_of):
     module = module_of(HELPER)
-    first = core.code_of(module)
+    first = checksums.code_of(module)
     Path(module.__file__).write_text(HELPER.replace("2", "345"))
-    assert core.code_of(module) == first
+    assert checksums.code_of(module) == first
 
 
 # ---- settings
@@ -676,9 +677,9 @@ def test_only_what_avoids_a_concept_depends_on_the_code_that_does(context, monke
         return [context.settings(cell) for cell in of]
 
     before = settings()
-    code_of = core.code_of
+    code_of = checksums.code_of
     monkeypatch.setattr(
-        core, "code_of", lambda *m: "x" if safe_latent_diffusion in m else code_of(*m)
+        checksums, "code_of", lambda *m: "x" if safe_latent_diffusion in m else code_of(*m)
     )
     after = settings()
     assert before[0] != after[0] and before[1] == after[1]
@@ -1427,7 +1428,8 @@ def test_an_experiment_runs(name, kept, tmp_path, capsys):
 def start(cwd: Path, *words) -> subprocess.Popen:
     """Starts the command in a folder, with `results` and `weights` there."""
     toy = ROOT / "notebooks" / "toy" / "model"
-    words = [*words, "--quick", "--anew", "--model", toy, "--weights", "weights", "--results", "results"]
+    words = [*words, "--quick", "--anew", "--model", toy]
+    words += ["--weights", "weights", "--results", "results"]
     return subprocess.Popen(
         [sys.executable, "-m", "notebooks.experiments.run", *map(str, words)],
         cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,

@@ -16,6 +16,7 @@ import ddim
 import erase
 import sample
 from notebooks.experiments import (
+    checksums,
     core,
     ground_truth,
     layers,
@@ -445,7 +446,7 @@ def test_groups_hold_every_edited_tensor_once_each_way(sd):
     assert layers.block_of("conv_in.weight") == layers.OUTSIDE
     covered = [range(last, first + 1) for first, last in layers.THIRDS.values()]
     assert sorted(itertools.chain(*covered)) == [*range(1000)]
-    used = core.sources_used(layers.patch)
+    used = checksums.sources_used(layers.patch)
     assert {"THIRDS", "DIRECTIONS"} <= {*used}  # with other ones, the answers are stale
     assert not {"EFFECTS", "effects", "table"} & {*used}  # tables may change freely
 

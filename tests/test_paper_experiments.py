@@ -12,6 +12,7 @@ from PIL import Image
 import ddim
 import erase
 from notebooks.experiments import (
+    checksums,
     choices,
     core,
     eta,
@@ -272,7 +273,7 @@ def table():
 
     def checksum(changed, i):
         (tmp_path / f"experiment_{i}.py").write_text(changed)
-        return core.sources_used(__import__(f"experiment_{i}").answer)
+        return checksums.sources_used(__import__(f"experiment_{i}").answer)
 
     first = checksum(source, 0)
     assert first.keys() == {"answer", "helper", "HALF"}
@@ -283,13 +284,13 @@ def table():
 
 def test_a_method_in_an_experiments_file_has_a_checksum_of_its_own(monkeypatch):
     """The methods that it imports are in it, the experiment's file as a whole isn't."""
-    code_of_method = inspect.unwrap(core.code_of_method)
+    code_of_method = inspect.unwrap(checksums.code_of_method)
     first = code_of_method(works.erase_works)
     modules = []
-    monkeypatch.setattr(core, "code_of", lambda *several: modules.extend(several))
+    monkeypatch.setattr(checksums, "code_of", lambda *several: modules.extend(several))
     code_of_method(works.erase_works)
     assert esd in modules and works not in modules
 
     monkeypatch.undo()
-    monkeypatch.setattr(core, "sources_used", lambda function: {"erase_works": "changed"})
+    monkeypatch.setattr(checksums, "sources_used", lambda function: {"erase_works": "changed"})
     assert code_of_method(works.erase_works) != first

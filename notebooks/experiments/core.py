@@ -11,15 +11,10 @@ An answer whose settings have changed is never taken; one that another experimen
 is never computed again.
 """
 
-import ast
-import contextlib
 import functools
 import inspect
 import json
-import sys
 import time
-import types
-import zlib
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
@@ -27,7 +22,7 @@ from PIL import Image
 
 import erase
 import sample
-from notebooks.experiments import stats
+from notebooks.experiments import checksums, stats
 from notebooks.experiments.stats import Share
 from notebooks.methods import safe_latent_diffusion
 from notebooks.toy import judge as judging
@@ -436,103 +431,6 @@ def gone(shares: list[Share]) -> list[Share]:
     return [Share(asked - hits, asked) for hits, asked in shares]
 
 
-# ---- checksums: what an answer depends on
-
-
-def crc(value: object) -> str:
-    """Returns a checksum of bytes, or of what is JSON."""
-    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
-    return f"{zlib.crc32(data):08x}"
-
-
-def without_docstrings(source: str) -> str:
-    """Returns what a source does; how it is laid out and commented isn't in it."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant):
-                body[0] = ast.Pass()
-    return ast.dump(tree)
-
-
-def modules_used(module: types.ModuleType) -> dict[str, types.ModuleType]:
-    """Returns a module and the methods' modules that it imports, and they import, by name.
-
-    Libraries aren't followed, nor are our six files, which tests compare with the
-    reference.
-    """
-    found = {module.__name__: module}
-    for value in vars(module).values():
-        name = getattr(value, "__name__" if inspect.ismodule(value) else "__module__", "")
-        if str(name).startswith("notebooks.methods.") and name not in found:
-            found |= modules_used(sys.modules[name])
-    return found
-
-
-@functools.cache  # as all below: an edit during a run doesn't pass for what was run
-def code_of(*modules: types.ModuleType) -> str:
-    """Returns a checksum of the code of modules, and of the methods' that they import."""
-    used = {}
-    for module in modules:
-        used |= modules_used(module)
-    sources = {name: inspect.getsource(used[name]) for name in sorted(used)}
-    return crc({name: without_docstrings(source) for name, source in sources.items()})
-
-
-def sources_used(function: types.FunctionType, found: dict | None = None) -> dict[str, str]:
-    """Returns, by name, what a function does, and the functions and constants of its module.
-
-    Only those that it uses; what it imports isn't followed. found: what is known already.
-    """
-    names = vars(inspect.getmodule(function))
-    source = inspect.getsource(function)
-    found = {**(found or {}), function.__name__: without_docstrings(source)}
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Name) or node.id in found or node.id not in names:
-            continue
-        value = inspect.unwrap(names[node.id])  # of a cache
-        if inspect.isfunction(value):
-            if value.__module__ == function.__module__:
-                found = sources_used(value, found)
-        else:
-            with contextlib.suppress(TypeError):  # a constant is JSON; a module isn't
-                found[node.id] = json.dumps(value)
-    return found
-
-
-@functools.cache
-def code_of_method(method: Callable) -> str:
-    """Returns a checksum of all of a method's module, with the methods that it imports.
-
-    A method in an experiment's own file doesn't depend on the rest of the experiment.
-    """
-    module = sys.modules[method.__module__]
-    if not module.__name__.startswith("notebooks.experiments."):
-        return code_of(module)
-    imported = [each for each in modules_used(module).values() if each is not module]
-    return crc([sources_used(method), code_of(*imported)])
-
-
-@functools.cache
-def code_of_answer(function: Callable) -> str:
-    """Returns a checksum of a function and of what it uses in its module."""
-    return crc(sources_used(function))
-
-
-@functools.cache
-def code_of_functions(functions: tuple[Callable, ...]) -> str:
-    """Returns a checksum of the code of functions; of those in methods/, of their files."""
-    sources = []
-    for function in functions:
-        module = sys.modules[function.__module__]
-        if module.__name__.startswith("notebooks.methods."):
-            sources.append(code_of(module))
-        else:
-            sources.append(sources_used(function))
-    return crc(sources)
-
-
 # ---- the miniature, and what all cells have in common
 
 
@@ -561,14 +459,14 @@ class Context(NamedTuple):
             folder = model.folder.format(concept="+".join(concepts), seed=seed)
             return {"folder": folder, **fingerprint_of(Path(folder))}
         if model.file:
-            return {"file": crc(Path(model.file).read_bytes())}
+            return {"file": checksums.crc(Path(model.file).read_bytes())}
         if not model.method:
             return {"original": self.base}
 
         others = [name for names in KINDS.values() for name in names if name not in concepts]
         settings = {
             "function": f"{model.method.__module__}:{model.method.__qualname__}",
-            "code": code_of_method(model.method),
+            "code": checksums.code_of_method(model.method),
             "original": self.base,
             "concepts": model.prompts(concepts),
             "keep": [prompt_for(name) for name in others],
@@ -602,13 +500,13 @@ class Context(NamedTuple):
         }
         if "avoid" in sampling:
             settings["avoided"] = [*cell.model.prompts(cell.concepts)]
-            settings["code of sampling"] = code_of(safe_latent_diffusion)
+            settings["code of sampling"] = checksums.code_of(safe_latent_diffusion)
         if cell.ask.questions:
             questions = [each._asdict() for each in self.questions(cell.ask)]
-            settings["questions"] = crc(questions)
+            settings["questions"] = checksums.crc(questions)
         else:
-            settings["code"] = code_of_answer(cell.ask.answer)
-            settings["code it uses"] = code_of_functions(cell.ask.uses)
+            settings["code"] = checksums.code_of_answer(cell.ask.answer)
+            settings["code it uses"] = checksums.code_of_functions(cell.ask.uses)
             settings["concepts"] = cell.concepts
         if cell.ask.against:
             model, seed = cell.ask.against
@@ -627,7 +525,8 @@ class Context(NamedTuple):
 
     def file_of(self, model: Model, concepts: tuple[str, ...], seed: int) -> Path:
         """Returns where an erasure is kept."""
-        return self.weights / f"{crc(self.weights_settings(model, concepts, seed))}.safetensors"
+        settings = self.weights_settings(model, concepts, seed)
+        return self.weights / f"{checksums.crc(settings)}.safetensors"
 
     def erased(self, model: Model, concepts: tuple[str, ...], seed: int) -> StableDiffusion:
         """Erases, or reads what was erased before."""
@@ -688,7 +587,9 @@ def load_trained(folder: str) -> StableDiffusion:
 def fingerprint_of(folder: Path) -> dict[str, str]:
     """Returns a checksum of a trained U-Net as a setting; nothing if it wasn't trained."""
     files = sorted(folder.glob("unet/*.safetensors"))
-    return {"fingerprint": crc(b"".join(file.read_bytes() for file in files))} if files else {}
+    if not files:
+        return {}
+    return {"fingerprint": checksums.crc(b"".join(file.read_bytes() for file in files))}
 
 
 def image_seeds(seed: int, num: int) -> list[int]:
@@ -704,7 +605,8 @@ def open_context(model: Path, weights: Path, quick: bool) -> Context:
     judge = judging.load(model)
     of_judge = [tensor.numpy().tobytes() for tensor in judge.state_dict().values()]
     return Context(
-        sd, judge, base=crc(sample.fingerprint(sd)), judged_by=crc(b"".join(of_judge)),
+        sd, judge, base=checksums.crc(sample.fingerprint(sd)),
+        judged_by=checksums.crc(b"".join(of_judge)),
         weights=weights, quick=quick,
     )
 

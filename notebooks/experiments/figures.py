@@ -155,11 +155,12 @@ def mark_places(axis, places: list[Place], ours: Iterable[str]) -> None:
         )
         numbers.setdefault((place.left, place.harm, is_ours), []).append(str(rank))
 
-    for (left, harm, is_ours), ranks in numbers.items():
+    for i, (left, harm, is_ours) in enumerate(sorted(numbers)):
+        on_the_left = i % 2 == 0  # so that neighbours' numbers don't cover each other
         axis.annotate(
-            ", ".join(ranks), (left, harm), xytext=(-4 if is_ours else 4, 2),
-            ha="right" if is_ours else "left", textcoords="offset points",
-            color="C3" if is_ours else "#555555", fontsize=8,
+            ", ".join(numbers[left, harm, is_ours]), (left, harm),
+            xytext=(-4, 2) if on_the_left else (4, -9), ha="right" if on_the_left else "left",
+            textcoords="offset points", color="C3" if is_ours else "#555555", fontsize=8,
         )
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import erase
 import sample
-from notebooks.experiments import core, figures
+from notebooks.experiments import checksums, core, figures
 from notebooks.experiments.core import Answers, Cell, Context, Model
 from sample import UsageError
 
@@ -124,7 +124,7 @@ def without_fingerprint(settings: dict) -> dict:
 
 def question_of(ask: str, settings: dict) -> str:
     """Returns what two cells with one answer have in common, whatever they are called."""
-    return f"{ask} {core.crc(settings)}"
+    return f"{ask} {checksums.crc(settings)}"
 
 
 def by_question(*several: dict[str, dict[str, dict]]) -> dict[str, dict]:
@@ -204,7 +204,7 @@ def with_equal_weights(context: Context, cells: list[Cell]) -> list[list[Cell]]:
     groups = {}
     for i, cell in enumerate(cells):
         settings = context.weights_settings(cell.model, cell.concepts, cell.seed)
-        group = core.crc(settings) if cell.model.method else i
+        group = checksums.crc(settings) if cell.model.method else i
         groups.setdefault(group, []).append(cell)
     return [*groups.values()]
 

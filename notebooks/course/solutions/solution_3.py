@@ -52,8 +52,9 @@ nothing. Look at the three: with the circle erased, ESD-u keeps 91, 83 and 79 % 
 objects, ESD-x 94, 95 and 96 %, so a fourth is likely to agree. With the cross it is 97, 90 and 93
 against 97, 97 and 98 %, and the first pair is even.
 
-Choices. Not from this table: six comparisons that differ in nothing give one or more like it in 1 -
-0.95^6 = 26 % of cases. But another experiment repeated it, and found more. More erasures. The
+Choices. Not the two from this table alone: five comparisons that differ in nothing give one or more
+like them in 1 - 0.95^5 = 23 % of cases. But another experiment repeated the frozen model's x_t, and
+found more. Nobody has repeated the keys and values. More erasures. The
 interval is over erasures, and three objects differ by more than the rows do, so more images of the
 same three hardly shorten it. If only images counted, it would take about 500 of each row to tell 10
 from 16 % (5 %, two-sided, with a power of 80 %).

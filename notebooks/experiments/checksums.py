@@ -1,0 +1,108 @@
+"""Checksums of all that an answer depends on: settings, weights, and code.
+
+An edit of a docstring, a comment or a table changes none of them.
+"""
+
+import ast
+import contextlib
+import functools
+import inspect
+import json
+import sys
+import types
+import zlib
+from typing import Callable
+
+
+def crc(value: object) -> str:
+    """Returns a checksum of bytes, or of what is JSON."""
+    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return f"{zlib.crc32(data):08x}"
+
+
+def without_docstrings(source: str) -> str:
+    """Returns what a source does; how it is laid out and commented isn't in it."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant):
+                body[0] = ast.Pass()
+    return ast.dump(tree)
+
+
+def modules_used(module: types.ModuleType) -> dict[str, types.ModuleType]:
+    """Returns a module and the methods' modules that it imports, and they import, by name.
+
+    Libraries aren't followed, nor are our six files, which tests compare with the
+    reference.
+    """
+    found = {module.__name__: module}
+    for value in vars(module).values():
+        name = getattr(value, "__name__" if inspect.ismodule(value) else "__module__", "")
+        if str(name).startswith("notebooks.methods.") and name not in found:
+            found |= modules_used(sys.modules[name])
+    return found
+
+
+@functools.cache  # as all below: an edit during a run doesn't pass for what was run
+def code_of(*modules: types.ModuleType) -> str:
+    """Returns a checksum of the code of modules, and of the methods' that they import."""
+    used = {}
+    for module in modules:
+        used |= modules_used(module)
+    sources = {name: inspect.getsource(used[name]) for name in sorted(used)}
+    return crc({name: without_docstrings(source) for name, source in sources.items()})
+
+
+def sources_used(function: types.FunctionType, found: dict | None = None) -> dict[str, str]:
+    """Returns, by name, what a function does, and the functions and constants of its module.
+
+    Only those that it uses; what it imports isn't followed. found: what is known already.
+    """
+    names = vars(inspect.getmodule(function))
+    source = inspect.getsource(function)
+    found = {**(found or {}), function.__name__: without_docstrings(source)}
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Name) or node.id in found or node.id not in names:
+            continue
+        value = inspect.unwrap(names[node.id])  # of a cache
+        if inspect.isfunction(value):
+            if value.__module__ == function.__module__:
+                found = sources_used(value, found)
+        else:
+            with contextlib.suppress(TypeError):  # a constant is JSON; a module isn't
+                found[node.id] = json.dumps(value)
+    return found
+
+
+@functools.cache
+def code_of_method(method: Callable) -> str:
+    """Returns a checksum of all of a method's module, with the methods that it imports.
+
+    A method in an experiment's own file doesn't depend on the rest of the experiment.
+    """
+    module = sys.modules[method.__module__]
+    if not module.__name__.startswith("notebooks.experiments."):
+        return code_of(module)
+    imported = [each for each in modules_used(module).values() if each is not module]
+    return crc([sources_used(method), code_of(*imported)])
+
+
+@functools.cache
+def code_of_answer(function: Callable) -> str:
+    """Returns a checksum of a function and of what it uses in its module."""
+    return crc(sources_used(function))
+
+
+@functools.cache
+def code_of_functions(functions: tuple[Callable, ...]) -> str:
+    """Returns a checksum of the code of functions; of those in methods/, of their files."""
+    sources = []
+    for function in functions:
+        module = sys.modules[function.__module__]
+        if module.__name__.startswith("notebooks.methods."):
+            sources.append(code_of(module))
+        else:
+            sources.append(sources_used(function))
+    return crc(sources)
