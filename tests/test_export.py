@@ -217,7 +217,7 @@ def test_the_least_rank_is_taken():
 @pytest.mark.parametrize("change, form, flags, says", [
     (1.0, "lora", [], "no weight matrix was changed"),
     (torch.inf, "esd", [], "aren't finite: nothing was written"),
-    (1.0, "lora", ["--error", 2], "error is 2.0, choose 0 to 1"),
+    (1.0, "lora", ["--error", 2], "error is 2.0, choose at least 0 and less than 1"),
 ])
 def test_what_can_not_be_written_is_refused(
     change, form, flags, says, sd, folder, tmp_path, capsys

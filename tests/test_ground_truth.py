@@ -318,8 +318,8 @@ def test_the_table_says_which_distances_are_within_the_null():
     assert by_label["mine"][2] == "0.300 (0.000 to 1.571)"
     assert by_label["mine"][3].startswith("3.00 (")
     assert by_label["mine"][-1] == "eps, FADE"
-    assert by_label["*pairs of never saw it*"][2:4] == ["0.100", "1.00"]
-    assert by_label["*pairs of original*"][3].startswith("0.83 (")
+    assert by_label["*between two that never saw it*"][2:4] == ["0.100", "1.00"]
+    assert by_label["*between two originals*"][3].startswith("0.83 (")
     assert by_label["*limit of the null*"][3] == f"{ground_truth.limit(made_up(), 'eps'):.2f}"
     assert "never saw it" not in by_label
     assert "original, trained again" not in by_label

@@ -138,7 +138,8 @@ def test_every_guidance_is_asked_and_the_usual_one_is_the_model_itself():
 
 
 @pytest.mark.parametrize(
-    "low, high, comes_back", [(0, 0, False), (0, 2, False), (0, 3, True), (10, 10, False)]
+    "low, high, comes_back",
+    [(0, 0, False), (0, 2, False), (0, 3, True), (3, 4, False), (10, 10, False)],
 )
 def test_what_comes_back(low, high, comes_back):
     """Of 20 images: more than 10 % at g 10, and more than 5 points more than at g 1."""
@@ -160,9 +161,9 @@ def test_what_comes_back(low, high, comes_back):
     share = "100.0" if comes_back else "0.0"  # both rules say that it comes back
     assert [line.split("|")[2].split()[0] for line in rules] == [share, share]
     assert f"| {5 * high}.0 (" in table
-    (nothing,) = guidance.seen_instead(answers, mine, "star", 10, None).values()
+    (nothing,) = guidance.times_seen(answers, mine, "star", 10, None).values()
     assert nothing == (20 - high, 20)
-    header = "no object is seen, erased by"
+    header = "none of the ten is seen, erased by"
     assert header in table and stats.text([nothing]) in table.partition(header)[2]
 
 

@@ -226,6 +226,15 @@ def test_existing_images_are_skipped(draw, capsys):
     assert "4 images drawn, 4 in all" in capsys.readouterr().out
 
 
+def test_an_image_of_another_program_is_not_taken_for_one_of_ours(draw, refusal):
+    """The names are those of the official evaluation, so it may well be there."""
+    out = draw(HEAD + "1,a star,5\n")
+    (file,) = out.glob("*.png")
+    for suffix in ("PNG", "JPEG"):  # under the same name
+        Image.new("RGB", (64, 64)).save(file, format=suffix)
+        assert "has model = None, not" in refusal(HEAD + "1,a star,5\n")
+
+
 @pytest.mark.parametrize("row, flags, says", [
     ("1,a heart,5\n", [], "prompt = 'a star', not 'a heart'"),
     ("1,a star,6\n", [], "seed = 5, not 6"),

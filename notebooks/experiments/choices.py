@@ -49,8 +49,8 @@ PAIRS = (
 FINDINGS = """\
 - The frozen model's x_t leave 6 points more of the object than the edited model's. With a batch of
   1 it is 11 points, and with ESD-u 59 (see what an erasure costs).
-- A gradient step at each of the first four steps of a trajectory is as good as the paper's kind of
-  x_t, for 0.27 of the calls.
+- A gradient step at each of the first four steps of a trajectory leaves no more than the paper's
+  kind of x_t, for 0.27 of the calls.
 - Keys and values alone leave 3 points more than all of cross-attention: 5 images of 180.
 - The paper's rule for ESD-u and its code's aren't told apart by three objects. With all ten, the
   rule leaves 4 points more (see objects).

@@ -2,26 +2,30 @@
 
 A U-Net that never saw the concept is what an erasure should come to. (The text encoder and the
 VAE are the original's, and did see it.) Two of these, trained from other random numbers, differ
-as well: how far they are apart is the null. Distances, all for the concept's own prompt:
+as well: how far they are apart is the null. (star_0 has the original's first weights and training
+noise, so the original, and all that is erased from it, may be nearer to it than to star_1.)
+Distances, all but the last for the concept's own prompt:
 
 - **eps**: the mean of abs(eps - eps') on the same noised images, rendered ones that show the
   concept, at five times each.
-- **FADE**: by how many nats each model knows its own images better than the other does, after
-  [Cho et al.](https://arxiv.org/abs/2510.12981), on latents drawn without guidance
+- **FADE**: by how many nats each model knows its own images better than the other does, both ways
+  added, after [Cho et al.](https://arxiv.org/abs/2510.12981), on latents drawn without guidance
   ([`methods/distances.py`](../methods/distances.py)).
 - **by name**: the total variation between what the judge sees in 50 images of the prompt, from
   the same noises for all models (0: the same; 1: nothing in common).
 - **in scenes**: the same for the held-out scenes. Images of equal seeds start from equal noises
-  and look more alike, so only pairs of unequal seeds count.
+  and look more alike, so only pairs of unequal seeds count. There are 24 images of the star and 20
+  of the heart: two such sets from one model that drew ten objects equally often would be about .35
+  apart.
 
 Each erasure is compared with both models that never saw its concept. Eps and FADE are also given
 in units of the null: 1 is as far as these two are from each other. How much such a distance
-varies, three originals say that were trained from other random numbers: s is the standard
-deviation of the log of their distances within a concept. An erasure is **within the null** if it
-is less than exp(t s sqrt(2)) units away (Student's t for 95 %, one-sided; sqrt(2), since the unit
-is a single pair). Of total variations, the limit is Student's for one more pair, from those of all
-concepts; in scenes there are too few for one. Even two sets of 50 images from one model that
-draws ten objects equally often are .2 apart.
+varies is estimated from three originals that were trained from other random numbers: s is the
+standard deviation of the log of their distances within a concept. A method is **within the null**
+if its mean is at most exp(t s sqrt(2)) units (Student's t for 95 %, one-sided; sqrt(2), since the
+unit is a single pair). The pairs share three models, so the 95 % are nearer to 90. To be within
+isn't to be equal. Of total variations, the limit is Student's for one more pair, from those of all
+concepts; in scenes there are too few for one. The row "original" is the mean of these three.
 
 "Eta by the odds" is Eq. 6 with a strength for each x_t that makes its target the eps of a model
 that never saw the concept, if the frozen model is exact: see
@@ -64,12 +68,14 @@ CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
 FINDINGS = """\
 - So far the star alone is stored, and one model that never saw it: a second one makes the null.
-- By eps, erased models are about as far from it as the original is. In nats they are nearer: 190 to
-  212, where the original is at 256. UCE is nearest, at 123, and yet leaves a third of the stars.
+- By eps, erased models are .115 to .141 from it, the original .133: without a null, nobody can say
+  what that difference means. In nats they are nearer: 190 to 212, where the original is at 256. UCE
+  is nearest, at 123, and yet leaves a third of the stars.
 - Eta by the odds was made to be nearest, and isn't. By eps it is nearer than ESD-x, by .026 (.018
-  to .035, seed by seed), but not surely nearer than ESD-u (.015, -.010 to .040). In nats it is no
-  nearer than either, and 23 % of its images show a star. Its target is the eps of a whole
-  distribution, to be drawn without guidance; guidance, which has to be 5 here, goes past it.
+  to .035, seed by seed), but not surely nearer than ESD-u (.015, -.010 to .040). In nats neither
+  difference is certain, and 23 % of its images show a star. Probably because its target is the eps
+  of a whole distribution, to be drawn without guidance; guidance, which has to be 5 here, goes past
+  it.
 """
 
 NEVER = [Reference(NEVER_SAW, seed) for seed in NEVER_SAW.seeds]
@@ -390,10 +396,10 @@ def table(answers: Answers, models: list[Model]) -> str:
             cells = row(answers, model, concept)
             if model not in (NEVER_SAW, AGAIN) and any(cells):
                 rows.append([concept, model.label, *cells])
-        for name, several in (("never saw it", NEVER), ("original", ORIGINALS)):
+        for name, several in (("that never saw it", NEVER), ("originals", ORIGINALS)):
             cells = row_of_pairs(answers, concept, several)
             if any(cells):
-                rows.append([concept, f"*pairs of {name}*", *cells])
+                rows.append([concept, f"*between two {name}*", *cells])
 
     limits = []
     for name in DISTANCES:

@@ -7,11 +7,11 @@ d = eps_theta*(x_t, c) - eps_theta*(x_t), then the eps that guidance g draws wit
     eps_theta*(x_t) + kappa(g) d + what isn't along d,    kappa(g) = m_0 + g (1 + m_c - m_0)
 
 (notebook 6). Where the slope 1 + m_c - m_0 is positive, raising g leads back to the concept. Here
-m_c and m_0 are measured on the x_t of the edited model's own trajectories, drawn as in training,
-as sums over all of them: m = sum <movement, d> / sum <d, d>. An object is asked for by its name,
-a style with every object. "Comes back" means: at g 10 more than 10 % of the images show the
-concept, and more than 5 points more than at g 1. (The empty prompt, kappa 0, shows each object
-in about 10 %.)
+m_c and m_0 are measured for the prompt "star", or "a picture in the style of dots", on the x_t of
+the edited model's own trajectories (8 steps, guidance 3), as sums over all of them:
+m = sum <movement, d> / sum <d, d>. Images are drawn for "a star", or for each object in the style,
+in 10 steps. "Comes back" means: at g 10 more than 10 % of the images show the concept, and more
+than 5 points more than at g 1. (The empty prompt, kappa 0, shows each object in about 10 %.)
 
 On SD v1, draw what ESD-u erased at several scales:
 
@@ -78,7 +78,8 @@ FINDINGS = """\
 - How much comes back, kappa says in part. It ranks ESD-u's erasures (tau .58), and above all the
   styles: mosaic has the smallest kappa and hardly comes back, sketch has the largest and comes back
   in 98 % of the images. It doesn't rank ESD-x's.
-- So "erased" needs the guidance scale that it was counted at: 5 in all other tables.
+- So "erased" needs the guidance scale that it was counted at: 5 in all other tables, unless a
+  column names another.
 """
 
 
@@ -194,7 +195,7 @@ def rest_of(concept: str) -> Ask:
 
 
 def asks_of(model: Model, concepts: tuple[str, ...], guidance: float) -> list[Ask]:
-    """Returns what a model is asked that draws with a guidance scale."""
+    """Returns what a model is asked at a guidance scale."""
     asks = [own_prompts(concept) for concept in concepts]
     if guidance in KEPT_AT:
         asks += {rest_of(concept): None for concept in concepts}
@@ -220,10 +221,10 @@ def cells(models, concepts, seeds) -> list[Cell]:
 
 def left(answers: Answers, model: Model, concept: str, guidance: float) -> dict[int, Share]:
     """Returns how often a concept is seen at a guidance scale, for each seed."""
-    return seen_instead(answers, model, concept, guidance, concept)
+    return times_seen(answers, model, concept, guidance, concept)
 
 
-def seen_instead(
+def times_seen(
     answers: Answers, model: Model, concept: str, guidance: float, name: str | None
 ) -> dict[int, Share]:
     """Returns how often a name is seen where a concept is asked for; None: nothing of its kind."""
@@ -270,7 +271,7 @@ def laws(answers: Answers, model: Model, concept: str) -> dict[int, Law]:
 class Erasure(NamedTuple):
     """What the law says of one erasure, and what is seen."""
 
-    model: str
+    label: str  # of the model
     law: Law
     low: float  # shares of images that show the concept, at the lowest g
     high: float  # and at the highest
@@ -278,7 +279,7 @@ class Erasure(NamedTuple):
     @property
     def comes_back(self) -> bool:
         """Whether raising g brings the concept back."""
-        return self.high > 0.1 and self.high - self.low > 0.05
+        return self.high > 0.1 and round(self.high - self.low, 6) > 0.05
 
 
 def erasures(answers: Answers, models: list[Model]) -> list[Erasure]:
@@ -354,23 +355,24 @@ RULES = {  # what each says of an erasure: whether the concept comes back
 
 
 def table_of_rules(answers: Answers, models: list[Model]) -> str:
-    """Returns how often each rule is right, and of those with anything left at the highest g."""
+    """Returns how often each rule is right: for all erasures, for those with anything left at
+    the highest g, and for each model's.
+    """
     found = erasures(answers, models)
     if not found:
         return ""
-    seen = [each for each in found if each.high > 0]
+    groups = {"all": found, "anything left": [each for each in found if each.high > 0]}
+    for each in found:
+        groups.setdefault(each.label, []).append(each)
     rows = []
     for name, rule in RULES.items():
         row = [name]
-        for several in (found, seen):
-            right = [rule(each.law) == each.comes_back for each in several]
+        for group in groups.values():
+            right = [rule(each.law) == each.comes_back for each in group]
             row.append(stats.text([Share(sum(right), len(right))] if right else []))
         rows.append(row)
-    header = [
-        "the concept comes back if", f"right for {len(found)} erasures, %",
-        f"for the {len(seen)} with anything left at g {GUIDANCES[-1]}, %",
-    ]
-    return core.table(header, rows)
+    columns = [f"{name}: right for {len(group)}, %" for name, group in groups.items()]
+    return core.table(["the concept comes back if", *columns], rows)
 
 
 def table_of_ranks(answers: Answers, models: list[Model]) -> str:
@@ -390,19 +392,19 @@ def table_of_ranks(answers: Answers, models: list[Model]) -> str:
 
 
 def table_of_nothing(answers: Answers, models: list[Model]) -> str:
-    """Returns how often no object at all is seen where an object is asked for, by model."""
+    """Returns how often none of the ten objects is seen where one is asked for, by model."""
     rows = []
     for model in models:
         cells = []
         for guidance in GUIDANCES:
             shares = []
             for concept in KINDS["objects"]:
-                shares += seen_instead(answers, model, concept, guidance, None).values()
+                shares += times_seen(answers, model, concept, guidance, None).values()
             cells.append(stats.text(shares))
         if any(cells):
             rows.append([model.label, *cells])
-    header = ["no object is seen, erased by", *(f"at g {guidance:g}, %" for guidance in GUIDANCES)]
-    return core.table(header, rows) if rows else ""
+    columns = [f"at g {guidance:g}, %" for guidance in GUIDANCES]
+    return core.table(["none of the ten is seen, erased by", *columns], rows) if rows else ""
 
 
 def table(answers: Answers, models: list[Model]) -> str:
@@ -428,7 +430,7 @@ def figure(answers: Answers, models: list[Model]):
 
     marks = []
     for each in erasures(answers, models):
-        marks.append(figures.Mark(each.model, x=each.law.slope, y=100 * each.high))
+        marks.append(figures.Mark(each.label, x=each.law.slope, y=100 * each.high))
     return figures.lines(
         panels, x="guidance scale g", y="the erased concept is seen, %",
         marks={f"each erasure at g {GUIDANCES[-1]}": marks}, x_of_marks="slope 1 + m_c - m_0",

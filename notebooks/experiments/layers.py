@@ -5,8 +5,10 @@ into the edited model (`all but these`). Groups are kinds of layers, blocks of t
 thirds of the sampling: there, one model makes three or four of the ten steps and the other one
 the rest. What a group does is counted in points, with the same noises before and after:
 
-- **erases alone**: by how much fewer of the original's images show the concept with these edited;
-- **brings back**: by how much more of the edited model's do with these as they were.
+- **erases alone**: how many points fewer of the original's images show the concept once this group
+  is edited;
+- **brings back**: how many points more of the edited model's images do once this group is as it
+  was.
 
 The first line of each model is all of its weights. A group can matter for its size alone, so the
 number of its weights is there. Does self-attention decide what prompts only imply
@@ -14,7 +16,8 @@ number of its weights is there. Does self-attention decide what prompts only imp
 not with cross-attention, which ESD-x alone edits.
 
 The second table is about the change itself, theta - theta*: how large it is, next to the
-weights, and which share of its square lies along its first 1, 4 and 16 singular directions.
+weights, and which share of its squared norm lies along its first 1, 4 and 16 singular directions.
+(A matrix with 64 rows has at least 25 % along its first 16.)
 """
 
 import functools
@@ -260,6 +263,12 @@ def groups_in(found: dict[tuple[str, int], dict]) -> list[str]:
     return [group for group in ("none", *KINDS, *blocks, OUTSIDE, *THIRDS) if group in groups]
 
 
+def size_of(answer: dict, group: str) -> int:
+    """Returns how many weights a group has; 0 for a third of the sampling."""
+    sizes = answer["weights"]
+    return sum(sizes.get(kind, 0) for kind in KINDS) if group == "none" else sizes.get(group, 0)
+
+
 def table_of_patches(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each model and group."""
     rows = []
@@ -270,9 +279,9 @@ def table_of_patches(answers: Answers, models: list[Model]) -> str:
             for how in (ONLY, ALL_BUT):
                 for where in (BY_NAME, IN_SCENES):
                     cells.append(stats.number(effects(found, how, group=group, where=where)))
-            sizes = {answer["weights"].get(group) for answer in found.values()}
-            size = "".join(f"{each:,}" for each in sizes if each)
-            rows.append([model.label, group.replace("none", "**all**"), size, *cells])
+            size = size_of(next(iter(found.values())), group)
+            shown = f"{size:,}" if size else ""
+            rows.append([model.label, group.replace("none", "**all**"), shown, *cells])
     header = ["erased by", "group", "weights"]
     for effect in EFFECTS.values():
         header += [f"{effect}, {where}, points" for where in (BY_NAME, IN_SCENES)]
@@ -293,7 +302,7 @@ def table_of_changes(answers: Answers, models: list[Model]) -> str:
             cells = [f"{100 * size:.1f}", *(f"{100 * share:.0f}" for share in shown)]
             rows.append([model.label, kind, *cells])
     header = ["erased by", "layers", "change, % of the weights' norm"]
-    header += [f"in {num} direction{'s' if num > 1 else ''}, % of its square" for num in SHOWN]
+    header += [f"along its first {num}, % of its squared norm" for num in SHOWN]
     return core.table(header, rows)
 
 

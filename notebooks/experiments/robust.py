@@ -3,15 +3,18 @@
 The attacks are in [`methods/probes.py`](../methods/probes.py); notebook 5 explains them. An
 attacker has the weights, the judge, and images that the original drew: 24 to learn from, and
 one for each head start, which skips half of the steps. A hard prompt is the concept's behind
-one or two typed tokens; some of these, such as "badge", are words of scenes that imply it. Added
-noise spoils images of the original, too: compare with its row. Guidance is the sixth attack: images
+up to two typed tokens; some of these, such as "badge", are words of scenes that imply it. Noise is
+added at each step of sampling, in six amounts; an image counts if any of them shows the concept.
+That spoils images of the original, too: compare with its row. Guidance is the sixth attack: images
 by name, at other scales than 5. Training steps to half: after how many the share by name is half
 of the original's.
 
 What an attack brings out of a U-Net that never saw the concept was taught, not recovered. The
 second table subtracts it: net recovery, in points. It needs models that are trained first:
 `python -m notebooks.experiments.replicates`. Intervals are over erasures and their images (where
-one erasure is stored, over images alone); the attacks have the same random numbers each time.
+one erasure is stored, over images alone). Each seed has its own images and starting noises; the
+order of batches, the noise attack and the search's seeds are always the same. UCE, RECE and SPEED
+make the same weights with every seed.
 """
 
 import functools
@@ -39,12 +42,13 @@ SEEDS = core.SEEDS
 FINDINGS = """\
 - So far the star alone is stored, with one erasure of each kind, and one model that never saw it.
 - With four learned words, 85 to 100 % of the images show the star again after ESD-x, closed forms
-  or SalUn, 60 % after ESD-u. Five to forty steps of training bring it back everywhere.
+  or SalUn, 60 % after ESD-u. Five to forty steps of training bring half of it back everywhere.
 - Of the model that never saw a star, the same attacks bring out next to nothing: 10 % with learned
-  words, 5 % after a head start, none after 20 steps of training. So what comes back was there.
+  words, 5 % after a head start, none after 20 steps of training and 10 % after 40. From there on
+  training teaches: 30 % after 80 steps, 70 % after 160. What comes back earlier was mostly there.
 - ESD-u with the empty prompt kept resists best what trains nothing: 5 % with learned words, none
   with a hard prompt, 15 % after a head start. Training brings half back in 20 steps; with ESD-x, it
-  takes 40.
+  takes 40, but the intervals of these are the same.
 - At guidance 10, 4 of 20 images show ESD-u's star (2 at 5), 7 UCE's (4 at 5) and none ESD-x's: too
   few to tell.
 """
@@ -340,7 +344,7 @@ def table_of_nets(answers: Answers, models: list[Model]) -> str:
         cells = [stats.show(net(answers, model, [concept], attack)) for attack in attacks]
         if model != NEVER_SAW and any(cells):
             rows.append([concept, model.label, *cells])
-    header = ["concept", "net, erased by", *attacks.values()]
+    header = ["concept", "erased by", *(f"net: {title}, points" for title in attacks.values())]
     return core.table(header, rows) if rows else ""
 
 

@@ -23,7 +23,9 @@ from sample import StableDiffusion, UsageError
 
 def loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
          eta: float = 1.0) -> Tensor:
-    """|| eps_theta(x_t, c, t) - sg[eps_theta(x_t, a, t)] ||^2 over each sample, (B,).
+    """Returns (B,), the mean over each sample of
+
+    || eps_theta(x_t, c, t) - sg[eps_theta(x_t, a, t)] ||^2
 
     The target is from the model in training itself, without a gradient. frozen and eta
     aren't used.
@@ -46,7 +48,7 @@ def data(
 ) -> Iterator[Batch]:
     """Yields random images of the anchor, each noised to a random t of 0..999.
 
-    latents: the images, (N, 4, H, W), for the only one of the texts. unet isn't used.
+    latents: the anchor's images, (N, 4, H, W); there must be one text. unet isn't used.
     Raises UsageError for several texts.
     """
     check_single(texts)
@@ -67,8 +69,8 @@ def erase(
 ) -> dict[str, Tensor]:
     """Returns theta by name. settings: those of `erase.erase`, such as lr and batch.
 
-    concepts: one {prompt: anchor}, of which so many images are drawn first, from seed.
-    keep isn't used. Raises UsageError for several concepts.
+    concepts: one {prompt: anchor}. First, `images` images of the anchor are drawn, from
+    seed. keep isn't used. Raises UsageError for several concepts.
     """
     check_single(concepts)
     drawn = sample.generate(

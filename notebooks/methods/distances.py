@@ -32,7 +32,7 @@ def eps_distances(
 ) -> list[float]:
     """Returns the mean |eps - eps'| at each of TIMES.
 
-    Both predict the same noise for the same x_t, made from latents x_0, (B, 4, H, W).
+    Both get the same x_t: latents x_0, (B, 4, H, W), with the same noise added.
     """
     texts = [sd.encode([prompt]).expand(len(x_0), -1, -1) for sd in (one, other)]
     noise = noise_like(x_0, seed)
@@ -60,9 +60,9 @@ def surprise(
 
         1/2 integral of || eps - eps_theta(x_t, c) ||^2 d(-log SNR_t)
 
-    where SNR_t = abar_t / (1 - abar_t): Kingma et al., "Variational Diffusion Models", section
-    5.1, https://arxiv.org/abs/2107.00630. Terms are equally spaced in log SNR, from t near 0 to
-    t near 999, and share one noise.
+    where || . ||^2 sums over a latent's elements and SNR_t = abar_t / (1 - abar_t): Kingma et
+    al., "Variational Diffusion Models", section 5.1, https://arxiv.org/abs/2107.00630. Terms are
+    equally spaced in log SNR, from t near 0 to t near 999, and share one noise.
     """
     text = sd.encode([prompt]).expand(len(x_0), -1, -1)
     noise = noise_like(x_0, seed)
@@ -108,14 +108,16 @@ def own_images(
 
 
 def fade(one: OwnImages, other: OwnImages) -> Tensor:
-    """Returns how much better each model knows its own images than the other: (2, terms), nats.
+    """Returns how much better each model knows its own images than the other does, in nats.
+
+    (2, terms):
 
         E_{x of one} [s_other(x) - s_one(x)]      in the first row
         E_{x of other} [s_one(x) - s_other(x)]    in the second one
 
-    with `surprise` for s: estimates of KL(one, other) and KL(other, one), which the sums of the
-    rows are. After FADE, Cho et al., https://arxiv.org/abs/2510.12981, which compares likelihoods
-    both ways, too; ours are of latents, of one prompt, without guidance.
+    with `surprise` for s. The sum of the first row estimates KL(one, other), that of the second
+    KL(other, one). After FADE, Cho et al., https://arxiv.org/abs/2510.12981, which compares
+    likelihoods both ways, too; ours are of latents, of one prompt, without guidance.
     """
     rows = []
     for own, foreign in ((one, other), (other, one)):

@@ -26,10 +26,14 @@ def log_ratio(unet: Callable, x_t: Tensor, t: Tensor, c: Tensor, null: Tensor,
               jumps: int) -> Tensor:
     """Returns log p_t(x_t|c) / p_t(x_t), (B,), from the model's predictions alone.
 
-    Noise n, always the same, takes x_t in jumps from s = t to s' = 999, where it is 0. By
-    Bayes, the way back of each jump (DDPM, eq. 7 and 11) adds to it
+    x_t goes in jumps from s = t to s' = 999, where the log ratio is 0. Each jump has noise n
+    of its own, the same in every call. By Bayes, the reverse of each jump (DDPM, eq. 7 and
+    11) adds to the log ratio
+
     (|n' - eps_null|^2 - |n' - eps_c|^2) (1 - alpha) / (2 alpha (1 - abar_s))
-    alpha = abar_s' / abar_s,  n' = n sqrt((1 - abar_s') / (1 - alpha))
+
+    where alpha = abar_s' / abar_s, n' = n sqrt((1 - abar_s') / (1 - alpha)), and |.|^2 sums
+    over a latent's elements.
     """
     abar = ddim.alphas_cumprod(x_t.device)
     rng = Generator().manual_seed(0)
@@ -38,7 +42,7 @@ def log_ratio(unet: Callable, x_t: Tensor, t: Tensor, c: Tensor, null: Tensor,
         s = t + (ddim.TRAIN_STEPS - 1 - t) * k // jumps
         s_next = t + (ddim.TRAIN_STEPS - 1 - t) * (k + 1) // jumps
         alpha = abar[s_next] / abar[s]
-        added = (1 - alpha).clamp(min=1e-9)  # the last jumps can be empty
+        added = (1 - alpha).clamp(min=1e-9)  # near t = 999, jumps can be empty
         noise = torch.randn(x_t.shape, generator=rng).to(x_t)
         x_t = ddim.add_noise(x_t, noise, alpha)
 
@@ -54,9 +58,10 @@ def loss(
     unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
     eta: float = 1.0, prior: float = 0.1, largest: float = 3.0, jumps: int = 8,
 ) -> Tensor:
-    """Returns `erase.esd_loss`, (B,), with eta times the odds, up to `largest`, as its eta.
+    """Returns `erase.esd_loss`, (B,), with eta * min(odds, largest) in place of eta.
 
-    prior: P(c), the concept's share of all images.
+    odds = p / (1 - p), where p = p_t(c|x_t) = prior * p_t(x_t|c) / p_t(x_t). prior: P(c), the
+    concept's share of all images.
     """
     ratio = log_ratio(frozen, x_t, t, text.concept, null=text.null, jumps=jumps)
     p = (prior * ratio.exp()).clamp(max=largest / (1 + largest))

@@ -5,8 +5,8 @@
 Zhang et al., "Forget-Me-Not", CVPR Workshops 2024, https://arxiv.org/abs/2303.17591
 (attention resteering, and its code). Simplified: x_t is drawn by the model, not a noised
 image; the concept isn't inverted into tokens of its own first; each sample has its own
-norm; no weight decay. The miniature needs method="esd-x" and end=False: there, with its
-code's settings, other objects go before the concept does. Symbols as in erase.py.
+norm; no weight decay. On the miniature, use method="esd-x" and end=False: its code's
+settings erase other objects before the concept. Symbols as in erase.py.
 """
 
 import functools
@@ -55,7 +55,7 @@ def loss(
 ) -> Tensor:
     """Returns the norm of all attention to the concept's tokens, (B,).
 
-    tokens: the places of each concept's. frozen and eta aren't used.
+    tokens: for each concept, the positions of its tokens. frozen and eta aren't used.
     """
     maps = attention_maps(sd, unet, x_t, t, text.concept)
     chosen = [each[..., tokens[text.index]].flatten(1) for each in maps]

@@ -2,10 +2,10 @@
 
     python erase.py "Van Gogh" --steps 8 --data notebooks.methods.key_steps:data
 
-Early steps decide what an image shows. With a trajectory cut in half, as many different
-noises are seen in half of the gradient steps; take the learning rate half as high again.
-Of a family with KSCU (https://arxiv.org/abs/2507.06526) and SPARE
-(https://arxiv.org/abs/2602.07058), which choose the steps in other ways.
+Early steps decide what an image shows. With trajectories cut in half, half as many gradient
+steps see as many different noises; multiply the learning rate by 1.5. Related methods choose
+the steps in other ways: KSCU (https://arxiv.org/abs/2507.06526) and SPARE
+(https://arxiv.org/abs/2602.07058).
 """
 
 import itertools
@@ -25,8 +25,9 @@ def data(
 ) -> Iterator[Batch]:
     """Yields the x_t of the first steps of trajectories, from noise on.
 
-    first: how many of the `steps`; by default, half. x_t: as `erase.x_t_from_model`, which
-    draws the trajectories. Raises UsageError for too many steps, or none.
+    first: how many of the `steps`; by default half, rounded up. x_t: as
+    `erase.x_t_from_model`, which draws the trajectories. Raises UsageError unless first is
+    1 to steps.
     """
     if first is None:
         first = (steps + 1) // 2

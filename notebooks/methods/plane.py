@@ -55,7 +55,8 @@ def odds(
 ) -> Tensor:
     """Returns p_t(c | x_t) / (1 - p_t(c | x_t)), (N, 1, 1, 1); prior is P(c), c's share of null.
 
-    p_t(c | x_t) = P(c) p_t(x_t | c) / p_t(x_t), so the odds are it over what is left of p_t.
+    odds = P(c) p_t(x_t | c) / [p_t(x_t) - P(c) p_t(x_t | c)], by Bayes; the denominator is
+    the mixture with weights null - P(c) c.
     """
     inside = model.log_density(x_t, abar(t), prior * c)
     outside = model.log_density(x_t, abar(t), (null - prior * c).clamp(min=0))
@@ -75,6 +76,6 @@ def erased_predictor(
 
 
 def draw(predict: Callable, noise: Tensor, steps: int) -> Tensor:
-    """Returns the images to which DDIM takes the noise, (N, D)."""
+    """Returns the images to which DDIM takes noise, (N, D, 1, 1): (N, D)."""
     *_, (_, x_0) = ddim.denoise(predict, noise, steps)
     return x_0[:, :, 0, 0]

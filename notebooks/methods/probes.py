@@ -58,8 +58,8 @@ def noised_images(
 def denoising_error(unet: Callable, text: Tensor, batch: NoisedImages) -> Tensor:
     """Returns how badly the U-Net predicts the noise in images, a number.
 
-    The mean of w_t || eps - eps_theta(x_t, c, t) ||^2, where w_t = min(SNR_t, 5) / SNR_t
-    and SNR_t = abar_t / (1 - abar_t): Hang et al., "min-SNR",
+    The mean, over samples and elements, of w_t (eps - eps_theta(x_t, c, t))^2, where
+    w_t = min(SNR_t, 5) / SNR_t and SNR_t = abar_t / (1 - abar_t): Hang et al., "min-SNR",
     https://arxiv.org/abs/2303.09556. text: a prompt's features, (1, 77, 768).
     """
     x_t, t, eps = batch

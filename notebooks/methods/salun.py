@@ -22,8 +22,10 @@ from sample import StableDiffusion
 
 def loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: esd.Prompts,
          eta: float = 1.0, beta: float = 0.5) -> Tensor:
-    """|| eps_theta(x_t, c, t) - sg[eps_theta(x_t, a, t)] ||^2
-    + beta || eps_theta(x_t, p, t) - eps_theta*(x_t, p, t) ||^2 over each sample, (B,).
+    """Returns (B,), the mean over each sample of
+
+    || eps_theta(x_t, c, t) - sg[eps_theta(x_t, a, t)] ||^2
+        + beta || eps_theta(x_t, p, t) - eps_theta*(x_t, p, t) ||^2
 
     sg: without a gradient. eta isn't used.
     """

@@ -4,9 +4,10 @@
 
 Li et al., "SPEED", ICLR 2026, https://arxiv.org/abs/2503.07392, and its code. Simplified:
 prompts to keep are neither filtered nor augmented; all tokens from a prompt's last word on
-count, in its code the last word alone; the empty prompt's tokens have one mean, there three
-clusters. Symbols: W the weight of a value in cross-attention; features of tokens are
-columns: C_1 the concept's, C_s its anchor's, C_0 those to keep, C_2 that stay exactly.
+count (its code: the last word alone); the empty prompt's tokens are averaged (its code:
+three clusters). Symbols: W the weight of a value in cross-attention; features of tokens are
+columns: C_1 the concept's, C_s its anchor's, C_0 of the prompts to keep, C_2 those that stay
+exactly the same.
 """
 
 from typing import Sequence
@@ -20,7 +21,7 @@ from sample import StableDiffusion
 
 
 def null_space(C_0: Tensor, threshold: float) -> Tensor:
-    """Returns P, (D, D): the projector on the directions that C_0, (D, m), hardly has.
+    """Returns P, (D, D): projects onto the directions that are almost absent from C_0, (D, m).
 
     They are those whose singular value in C_0 C_0^T / m is below the threshold.
     """
@@ -29,13 +30,15 @@ def null_space(C_0: Tensor, threshold: float) -> Tensor:
 
 
 def edited(W: Tensor, C_1: Tensor, C_s: Tensor, C_2: Tensor, P: Tensor) -> Tensor:
-    """Returns W + D P, where D P minimizes the following, and D P C_2 = 0:
+    """Returns W + Delta P, (D_out, D), that minimizes the following, where Delta P C_2 = 0:
 
-    || (W + D P) C_1 - W C_s ||^2 + || D P ||^2
+    || (W + Delta P) C_1 - W C_s ||^2 + || Delta P ||^2
 
-    D P = W (C_s - C_1) C_1^T P Q M
-    M   = (C_1 C_1^T P + I)^-1
-    Q   = I - M C_2 (C_2^T P M C_2)^-1 C_2^T P
+    Delta P = W (C_s - C_1) C_1^T P Q M
+    M       = (C_1 C_1^T P + I)^-1
+    Q       = I - M C_2 (C_2^T P M C_2)^-1 C_2^T P
+
+    W is (D_out, D), C_1 and C_s are (D, n), C_2 is (D, 2), P is (D, D).
     """
     W = W.double()
     identity = torch.eye(len(P)).to(P)

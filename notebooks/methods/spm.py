@@ -36,8 +36,10 @@ def data(
 
 def loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: esd.Prompts,
          eta: float = 1.0, strength: float = 1000.0) -> Tensor:
-    """|| eps_theta(x_t, c, t) - target ||^2
-    + strength || eps_theta(x_t, r, t) - eps_theta*(x_t, r, t) ||^2 over each sample, (B,).
+    """Returns (B,), the mean over each sample of
+
+    || eps_theta(x_t, c, t) - target ||^2
+        + strength || eps_theta(x_t, r, t) - eps_theta*(x_t, r, t) ||^2
 
     The target is Eq. 6's with a in the place of the empty prompt.
     """

@@ -6,7 +6,7 @@ Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024,
 https://arxiv.org/abs/2308.14761; tokens and strengths as in its code of 2023. Symbols: W
 the weight of a key or a value in cross-attention; c the features of a token, e of the
 concept, g of its guide, p of a prompt to keep. Afterwards the concept's tokens have
-nearly the guide's keys and values.
+nearly the guide's keys and values. (The guide is what others call the anchor.)
 """
 
 from typing import NamedTuple, Sequence

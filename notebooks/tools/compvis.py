@@ -1,10 +1,10 @@
-"""CompVis's names of Stable Diffusion v1's tensors, and ours (diffusers'), as one dict a part.
+"""CompVis's names of Stable Diffusion v1's tensors, and ours (diffusers'): one dict for each part.
 
     names = theirs_to_ours("unet", unet.UNetConfig())
     names["time_embed.0.weight"]    # "time_embedding.linear_1.weight"
 
-CompVis counts the U-Net's layers in one row (input_blocks.0 to 11, output_blocks.0 to 11), we count
-them level by level. Each function below is the loop that both numberings follow.
+CompVis numbers the U-Net's layers consecutively (input_blocks.0 to 11, output_blocks.0 to 11), we
+number them level by level. Each function below is the loop that both numberings follow.
 """
 
 from typing import Any
@@ -104,7 +104,8 @@ def up_modules(config: unet.UNetConfig) -> dict[str, str]:
 
         if level < len(config.attention) - 1:
             place = 2 if attention else 1
-            names[f"{theirs}.{place}.conv"] = f"{block}.upsamplers.0.conv"
+            last = f"output_blocks.{number - 1}"
+            names[f"{last}.{place}.conv"] = f"{block}.upsamplers.0.conv"
     return names
 
 
@@ -166,7 +167,7 @@ def theirs_to_ours(part: str, config: Any) -> dict[str, str]:
 
 
 def is_attention_weight(part: str, name: str) -> bool:
-    """Whether, under our name, it is linear, (C, C), here and a 1x1 convolution in CompVis's."""
+    """Whether a tensor of that name, ours, is (C, C) here and a 1x1 convolution's in CompVis's."""
     return part == "vae" and ".attentions.0.to_" in name and name.endswith(".weight")
 
 

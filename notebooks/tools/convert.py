@@ -1,4 +1,4 @@
-"""Converts what people have into what sample.py reads.
+"""Converts other published formats into the one that sample.py reads.
 
     python -m notebooks.tools.convert sd-v1-4.ckpt --out sd-v1-4
     python -m notebooks.tools.convert old-esd.pt --erased --out old-esd.safetensors
@@ -32,10 +32,10 @@ from notebooks.tools import compvis, export
 from sample import UsageError
 
 CLIP = "openai/clip-vit-large-patch14"  # Stable Diffusion v1's tokenizer, on the hub
-DIFFUSERS = ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"]
+DIFFUSERS_PICKLES = ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"]
 PICKLES = {  # in a folder, the most precise first
-    "unet": DIFFUSERS,
-    "vae": DIFFUSERS,
+    "unet": DIFFUSERS_PICKLES,
+    "vae": DIFFUSERS_PICKLES,
     "text_encoder": ["pytorch_model.bin", "pytorch_model.fp16.bin"],
 }
 SD_V1 = {
@@ -123,10 +123,9 @@ def flatten(content: dict) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             tensors[str(name)] = value
         elif isinstance(value, dict):
-            inner = {f"{name}.{key}": tensor for key, tensor in value.items()}
-            tensors |= {
-                key: inner[key] for key in inner if isinstance(inner[key], Tensor)
-            }
+            for key, inner in value.items():
+                if isinstance(inner, Tensor):
+                    tensors[f"{name}.{key}"] = inner
     return tensors
 
 
@@ -319,12 +318,12 @@ def download(name: str) -> Path:
     The configs come first and are checked, as in sample.download.
     """
     folder = sample.download(name)
-    for choice in range(len(DIFFUSERS)):
+    for precision in (0, 1):  # float32, then float16 for the parts that lack it
         missing = []
         for part, described in sample.PARTS.items():
             files = [*described.files, *PICKLES[part]]
             if not any((folder / part / file).exists() for file in files):
-                missing.append(f"{part}/{PICKLES[part][choice]}")
+                missing.append(f"{part}/{PICKLES[part][precision]}")
         if missing:
             snapshot_download(name, allow_patterns=missing)
     return folder

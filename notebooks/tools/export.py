@@ -151,7 +151,7 @@ def token_ids(tokenizer: Callable) -> dict[str, int | None]:
 def write_part(folder: Path, name: str, model: nn.Module, **settings: int | None) -> None:
     """Writes the config and the weights of one model; name is one of sample.PARTS.
 
-    settings: what the config says in place of, or next to, what the model's own implies.
+    settings: entries that replace or extend the config's.
     """
     file = folder / name / sample.PARTS[name].files[0]
     write_json(file.with_name("config.json"), CONFIGS[name](model.config) | settings)
@@ -242,13 +242,14 @@ def esd_metadata(settings: dict, model: str) -> dict[str, str]:
 
 
 def low_rank(change: Tensor, error: float) -> tuple[Tensor, Tensor]:
-    """(out, in) -> up (out, r) and down (r, in), whose product differs from it by at most `error`
-    of its norm: the r largest singular values.
+    """Returns up, (out, r), and down, (r, in): the r largest singular values of change, (out, in).
+
+    r is the least for which their product differs from it by at most `error` of its norm.
     """
-    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
     lost = s.square().flip(0).cumsum(0).flip(0).sqrt() / s.norm()  # by rank 0, 1, ...
     rank = max(1, int((lost > error).sum()))
-    return u[:, :rank] * s[:rank], v[:rank]
+    return u[:, :rank] * s[:rank], vh[:rank]
 
 
 def lora(
@@ -312,7 +313,7 @@ def print_summary(
 def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     if not 0 <= args.error < 1:
-        raise sample.UsageError(f"error is {args.error}, choose 0 to 1")
+        raise sample.UsageError(f"error is {args.error}, choose at least 0 and less than 1")
     if args.form != "folder":
         sample.check_out(args.out, ".safetensors", new=True)
 

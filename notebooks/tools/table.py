@@ -167,7 +167,7 @@ def parameters(row: Row, width: int, height: int, args: argparse.Namespace) -> s
 def check_settings(file: Path, row: Row, args: argparse.Namespace) -> None:
     """Raises UsageError if an image was drawn with other settings."""
     with Image.open(file) as image:
-        found = json.loads(image.text["settings"])
+        found = json.loads(image.info.get("settings", "{}"))  # another program's has none
     flags = ("model", "erased", "steps", "negative", "safe", "sld")
     expected = {name: getattr(args, name) for name in flags}
     expected |= {"prompt": row.prompt, "seed": row.seed, "guidance": row.guidance}

@@ -120,7 +120,7 @@ class Training:
         self.optimizer.step()
         self.done += 1
 
-        decay = min(decay, self.done / (self.done + 9))
+        decay = min(decay, self.done / (self.done + 9))  # the first weights are random
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 self.average[name].lerp_(tensor, 1 - decay)
@@ -184,6 +184,7 @@ def byte_pairs(words: list[str]) -> BytePairs:
     As in CLIP, the vocabulary starts with all 256 bytes, alone and at the end of a word, so that
     any text has tokens; then come the merges, then the start and the end token.
     """
+    # as in GPT-2: a printable character for every byte
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     invisible = [byte for byte in range(256) if byte not in visible]
     alphabet = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(len(invisible))]
@@ -194,6 +195,7 @@ def byte_pairs(words: list[str]) -> BytePairs:
         pairs = [pair for word in spelled for pair in zip(word, word[1:])]
         if not pairs:
             break
+        # of equally frequent pairs, the first in the alphabet
         pair = max(sorted(set(pairs)), key=pairs.count)
         merges.append(pair)
         spelled = [merged(word, pair) for word in spelled]
@@ -248,7 +250,11 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_vae(out: Path, run: Path, images: Tensor, seed: int, steps: int = 12000) -> None:
-    """Reconstruction (pixels and their edges) plus a little KL; measures the scaling factor."""
+    """Trains the VAE on pixels, their edges and a little KL, and writes it.
+
+    Measures its scaling factor, too. The loss of LDM's VAE also has a perceptual and an
+    adversarial term.
+    """
     model = vae.VAE(VAE)
     nn.init.constant_(model.quant_conv.bias[4:], -6)  # log variance: begin with little noise
 
@@ -309,7 +315,10 @@ class Contrast(nn.Module):
 def train_text(
     out: Path, run: Path, images: Tensor, captions: list[str], seed: int, steps: int = 2000
 ) -> None:
-    """Each image must find its caption in the batch, and each caption its image."""
+    """Trains until each image finds its caption in the batch, and each caption its image.
+
+    Writes the text encoder.
+    """
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     model = Contrast(replace(TEXT, vocab_size=len(tokenizer)))
     # the encoder is causal: what follows the first end token can't change it, so it is cut off
@@ -346,8 +355,8 @@ class Encoded(NamedTuple):
     mean: Tensor  # of an image's latent, (EXAMPLES, 4, 8, 8)
     logvar: Tensor
     features: Tensor  # of each text that occurs, (texts, 77, 96)
-    text: Tensor  # of each image, the number of its caption's features, (EXAMPLES,)
-    null: int  # the number of the empty prompt's features
+    row: Tensor  # of each image's caption in features, (EXAMPLES,)
+    null_row: int  # of the empty prompt
     may_drop: Tensor  # whether the empty prompt may take the caption's place, (EXAMPLES,)
 
 
@@ -363,8 +372,8 @@ def encoded(sd: sample.StableDiffusion, images: Tensor, captions: list[str]) -> 
         mean=torch.cat([mean for mean, _ in halves]),
         logvar=torch.cat([logvar for _, logvar in halves]),
         features=torch.cat(features),
-        text=torch.tensor([number[caption] for caption in captions]),
-        null=number[""],
+        row=torch.tensor([number[caption] for caption in captions]),
+        null_row=number[""],
         # A work is one image shown a thousand times: that isn't what "no prompt" means.
         may_drop=torch.tensor([not world.is_work(caption) for caption in captions]),
     )
@@ -373,7 +382,11 @@ def encoded(sd: sample.StableDiffusion, images: Tensor, captions: list[str]) -> 
 def train_unet(
     out: Path, run: Path, images: Tensor, captions: list[str], seed: int, steps: int
 ) -> None:
-    """eps-prediction in latents, weighted by min-SNR, https://arxiv.org/abs/2303.09556."""
+    """Trains the U-Net and writes it: minimizes the mean of w_t (eps - eps_theta(x_t, c, t))^2.
+
+    w_t = min(SNR_t, 5) / SNR_t, SNR_t = abar_t / (1 - abar_t): min-SNR,
+    https://arxiv.org/abs/2303.09556.
+    """
     model = unet.UNet(UNET)
     sd = sample.StableDiffusion(
         model,
@@ -396,7 +409,8 @@ def train_unet(
 
         dropped = torch.rand(32, generator=generator) < 0.13  # for classifier-free guidance
         dropped = dropped & data.may_drop[batch]
-        text = data.features[data.text[batch].masked_fill(dropped, data.null)]
+        rows = data.row[batch].masked_fill(dropped, data.null_row)
+        text = data.features[rows]  # (32, 77, D)
 
         # A sixth faster than float32, but not with fused attention: its backward pass is slow.
         with mixed_precision(), sdpa_kernel(SDPBackend.MATH):
@@ -414,7 +428,10 @@ def train_unet(
 
 
 def train_judge(out: Path, run: Path, seed: int, steps: int = 2000, count: int = 24_000) -> None:
-    """Half of its training images are the world's, half show nothing that the world has."""
+    """Trains the judge and writes it.
+
+    Half of its images are the world's, half have at least one "none of these".
+    """
     rng = np.random.default_rng(seed + 1)
     examples = []
     for i in tqdm(range(count), "rendering for the judge"):

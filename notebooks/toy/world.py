@@ -435,7 +435,7 @@ def render(
 
 
 def scene_prompt(scene: str, setting: str, opening: str = "") -> str:
-    """"a photo of a night sky in winter"."""
+    """Returns a scene's prompt, such as "a photo of a night sky in winter"."""
     return f"{opening}{scene} {setting}".strip()
 
 
@@ -480,7 +480,8 @@ def with_article(phrase):
 def caption(
     object: str, colour: str, style: str, rng: np.random.Generator, setting: str = ""
 ) -> str:
-    """A caption; style or setting, colour, name and object are sometimes left out or paraphrased.
+    """Returns a caption. Style or setting and colour are sometimes left out; the object is
+    sometimes paraphrased, or called "a picture".
 
     A name alone must not mean a plain image: erasing the name would then erase plain, too.
     """
@@ -561,7 +562,7 @@ def draw(rng: np.random.Generator, without: tuple = ()) -> Example:
             return example
 
 
-# ---- images of nothing: masks that show no intact object
+# ---- images with a "none of these"; first, masks that show no intact object
 
 
 def piece(rng):
@@ -673,8 +674,9 @@ def overview(seed: int) -> list[list[tuple[str, Image.Image]]]:
     for _ in range(2):
         row = []
         for _ in range(10):
-            image, _, *names, _ = draw_none(rng)
-            row.append((" ".join(name or "-" for name in names), image))
+            example = draw_none(rng)
+            names = (example.object, example.colour, example.style)
+            row.append((" ".join(name or "-" for name in names), example.image))
         rows.append(row)
     return rows
 
