@@ -62,22 +62,31 @@ KINDS = {"objects": world.OBJECTS, "styles": STYLES}
 CONCEPTS = (*world.OBJECTS, *STYLES)
 SEEDS = core.SEEDS
 FINDINGS = """\
-- With ESD-u, a higher guidance scale brings the concept back: of ten objects, 1 % are left at g 1,
-  11 % at g 5 and 25 % at g 10; of five styles 2, 41 and 56 %. With ESD-x a little: 2, 6 and 9 % of
-  the objects.
+- With ESD-u, a higher guidance scale brings the concept back: 1 % of the images of the ten objects
+  show them at g 1, 11 % at g 5 and 25 % at g 10; of five styles 2, 41 and 56 %. With ESD-x a
+  little: 2, 6 and 9 % of the objects.
 - With the empty prompt kept, it doesn't: 0.7 % of the objects at g 5 and 0.3 % at g 10, and at most
   0.3 % of the styles at any g. The others are right as often as with plain ESD-u.
-- Its price is what the erased prompt shows instead: no object at all in 28 % of the images at g 5
-  and 36 % at g 10, where plain ESD-u has 20 and 23 %.
+- Then 28 % of the images at g 5 and 36 % at g 10 show none of the ten objects (a broken one counts
+  as none); with plain ESD-u 20 and 23 %. That may be no loss: of a model that never saw a star,
+  36 % of 50 images at g 5 show none either.
+- Eta 3 doesn't bring objects back (0.5 % at g 10), but 16 % of the styles, and costs more: 89 % of
+  the other objects are right, and 79 % of the other styles.
+- UCE makes the concept's prediction the empty prompt's, exactly: m_c is -1.00 and m_0 is 0.00 on
+  average, so kappa is 0 at every g. And 10 to 17 % of its objects are left, about as many as the
+  empty prompt shows. (UCE and eta 3 have one erasure of each concept so far; concept ablation has
+  none.)
 - Predicted, and true: the slope is positive for every concept with plain ESD-u, and near 0 or below
   with the empty prompt kept.
 - Predicted, and not true: that the slope's sign says of nine in ten erasures whether the concept
-  comes back. It is right for 73 %, hardly more often than "never", with 67 %, because a slope can
-  be positive and too small. "kappa(10) above 1/2" is right for 87 %; it was read off the first seed
-  of six objects, so the other seeds and the styles are a test of it.
-- How much comes back, kappa says in part. It ranks ESD-u's erasures (tau .58), and above all the
-  styles: mosaic has the smallest kappa and hardly comes back, sketch has the largest and comes back
-  in 98 % of the images. It doesn't rank ESD-x's.
+  comes back. It is right for 67 %, "never" for 68 %. Of its 55 errors, 41 are positive slopes that
+  are too small (12 of them with eta 3, whose kappa is far below 0 at g 1); 14 come back with a
+  slope of 0 or below, which the law doesn't explain.
+- "kappa(10) above 1/2" is right for 85 %. For ESD-u it is right for 89 %, "always" for 71 %; for
+  the others it is right as often as "never". It was read off seed 0 of six objects; without seed 0
+  of all objects it is right for 85 %, too.
+- How much comes back with ESD-u, kappa ranks among styles (tau .70), hardly among objects (.28). It
+  doesn't rank ESD-x's.
 - So "erased" needs the guidance scale that it was counted at: 5 in all other tables, unless a
   column names another.
 """
