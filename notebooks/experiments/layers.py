@@ -31,7 +31,7 @@ import ddim
 import sample
 from notebooks.experiments import core, figures, models, stats
 from notebooks.experiments.core import Answers, Ask, Cell, Context, Model
-from notebooks.experiments.stats import Share
+from notebooks.experiments.stats import Interval, Share
 from notebooks.toy import world
 from notebooks.toy.world import with_article
 from sample import StableDiffusion
@@ -39,7 +39,21 @@ from sample import StableDiffusion
 MODELS = [models.esd_x(), models.esd_u()]
 CONCEPTS = ("star", "heart")  # that scenes imply
 SEEDS = core.SEEDS
-FINDINGS = ""
+FINDINGS = """\
+- By name, both erasures are mostly in the middle. ESD-x's mid block, a fifth of its weights, erases
+  48 of 96 points alone; with it as it was, 93 come back. With ESD-u's it is 20 and 83 of 90.
+- No kind of ESD-u's layers erases the name alone, by 5 points at most; but with the ResNet blocks
+  as they were 76 of 90 points come back, and with the feed-forward layers 47. The parts erase
+  together.
+- Of what scenes imply, the ResNet blocks alone erase 40 of 61 points. Self-attention erases 10 (1
+  to 19), and with it as it was 2 come back: it doesn't decide what prompts imply, here. It has few
+  weights, but "other layers" have hardly more and erase 18.
+- No third of the steps surely erases the name alone, but one third drawn by the original is enough
+  to bring back 25 to 80 points. In scenes, each third alone erases 21 to 29 of 61 points.
+- ESD-x changes its weights by 10 % of their norm, and 94 % of the change's square is along four
+  directions of each matrix. ESD-u changes its own by 2 to 3 %, and half of that is along four.
+- Six erasures of each kind: two concepts, three seeds.
+"""
 
 BY_NAME = "by name"
 IN_SCENES = "in scenes"
@@ -59,6 +73,7 @@ THIRDS = {  # of the sampling: from the first t to the last
     "second third": (666, 334),
     "last third": (333, 0),
 }
+POINTS = Interval(-100, 100)
 DIRECTIONS = (1, 2, 4, 8, 16, 32, 64)  # up to which squares are added up
 SHOWN = (1, 4, 16)
 
@@ -278,7 +293,8 @@ def table_of_patches(answers: Answers, models: list[Model]) -> str:
             cells = []
             for how in (ONLY, ALL_BUT):
                 for where in (BY_NAME, IN_SCENES):
-                    cells.append(stats.number(effects(found, how, group=group, where=where)))
+                    points = effects(found, how, group=group, where=where)
+                    cells.append(stats.number(points, within=POINTS))
             size = size_of(next(iter(found.values())), group)
             shown = f"{size:,}" if size else ""
             rows.append([model.label, group.replace("none", "**all**"), shown, *cells])
