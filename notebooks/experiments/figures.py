@@ -254,6 +254,22 @@ def lines(
     return figure
 
 
+def with_values(panels: dict[str, dict[str, dict[str, float]]]) -> dict:
+    """Returns the panels and the rows that have any values; all panels keep the same rows."""
+    def is_empty(cells: dict[str, float]) -> bool:
+        return all(math.isnan(value) for value in cells.values())
+
+    rows = {}
+    for of_concept in panels.values():
+        rows |= {label: None for label, cells in of_concept.items() if not is_empty(cells)}
+    found = {}
+    for concept, of_concept in panels.items():
+        chosen = {label: of_concept[label] for label in of_concept if label in rows}
+        if not all(is_empty(cells) for cells in chosen.values()):
+            found[concept] = chosen
+    return found
+
+
 def heat_map(panels: dict[str, dict[str, dict[str, float]]]) -> Figure:
     """Returns a panel for each title: row -> column -> percent; what is missing is blank."""
     panels = panels or {NOTHING: {}}

@@ -329,12 +329,6 @@ def net(
 # ---- the tables and the figure
 
 
-def table(answers: Answers, models: list[Model]) -> str:
-    """Returns tables of what attacks bring out, and of net recovery."""
-    parts = [table_of_attacks(answers, models), table_of_nets(answers, models)]
-    return "\n\n".join(part for part in parts if part)
-
-
 def table_of_nets(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each concept and model, if a model that never saw it is attacked."""
     attacks = {attack: attack for attack in ATTACKS}
@@ -369,20 +363,10 @@ def table_of_attacks(answers: Answers, models: list[Model]) -> str:
     return core.table(header, rows)
 
 
-def with_values(panels: dict[str, dict[str, dict[str, float]]]) -> dict:
-    """Returns the panels and the rows that have any values; all panels keep the same rows."""
-    def is_empty(cells: dict[str, float]) -> bool:
-        return all(math.isnan(value) for value in cells.values())
-
-    rows = {}
-    for of_concept in panels.values():
-        rows |= {label: None for label, cells in of_concept.items() if not is_empty(cells)}
-    found = {}
-    for concept, of_concept in panels.items():
-        chosen = {label: of_concept[label] for label in of_concept if label in rows}
-        if not all(is_empty(cells) for cells in chosen.values()):
-            found[concept] = chosen
-    return found
+def table(answers: Answers, models: list[Model]) -> str:
+    """Returns tables of what attacks bring out, and of net recovery."""
+    parts = [table_of_attacks(answers, models), table_of_nets(answers, models)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def figure(answers: Answers, models: list[Model]):
@@ -398,4 +382,4 @@ def figure(answers: Answers, models: list[Model]):
                 several = shares(found, concept, attack)
                 cells[title] = stats.estimate(several).mean if several else math.nan
             panels[concept][model.label] = cells
-    return figures.heat_map(with_values(panels))
+    return figures.heat_map(figures.with_values(panels))

@@ -92,6 +92,20 @@ def share_of(
     return Share(sum(right), len(right)) if right else None
 
 
+def fraction(share: Share) -> float:
+    return share.hits / share.asked
+
+
+def attacked(answers: Answers, erasure: Erasure, attack: str) -> Share | None:
+    """Returns how often an attack brings out the concept."""
+    model, concept, seed = erasure
+    found = robust.answers_of(answers, model, concept)
+    if seed not in found:
+        return None
+    several = robust.shares({seed: found[seed]}, concept, attack)
+    return several[0] if several else None
+
+
 def seen_by_name(answers: Answers, erasure: Erasure) -> Share | None:
     return share_of(answers, erasure, *methods.own_kind(erasure.concept))
 
@@ -116,20 +130,6 @@ def kept(answers: Answers, erasure: Erasure) -> Share | None:
         return None
     asked = own.asked + other.asked
     return Share(round((fraction(own) + fraction(other)) / 2 * asked), asked)
-
-
-def attacked(answers: Answers, erasure: Erasure, attack: str) -> Share | None:
-    """Returns how often an attack brings out the concept."""
-    model, concept, seed = erasure
-    found = robust.answers_of(answers, model, concept)
-    if seed not in found:
-        return None
-    several = robust.shares({seed: found[seed]}, concept, attack)
-    return several[0] if several else None
-
-
-def fraction(share: Share) -> float:
-    return share.hits / share.asked
 
 
 def net(answers: Answers, erasure: Erasure, attack: str) -> float | None:
@@ -286,4 +286,4 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
                 recovered = robust.net(answers, model, (concept,), attack)
                 cells[f"net: {title}"] = recovered.mean
             panels[concept][model.label] = cells
-    return figures.heat_map(robust.with_values(panels))
+    return figures.heat_map(figures.with_values(panels))
