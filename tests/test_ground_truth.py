@@ -511,6 +511,14 @@ def patched_answer(by_name: dict[str, int], all_but: dict[str, int]) -> dict:
     }
 
 
+def test_a_groups_size_is_its_weights_and_all_is_the_sum_of_the_kinds():
+    """Each weight is of one kind and of one block; a third of the sampling has none."""
+    answer = {"weights": {"cross-attention": 3, "feed-forward": 4, "mid": 5, "up 0": 2}}
+    sizes = [layers.size_of(answer, group) for group in ("none", "mid", "feed-forward")]
+    assert sizes == [7, 5, 4]
+    assert layers.size_of(answer, [*layers.THIRDS][0]) == 0
+
+
 def test_effects_are_counted_from_the_model_that_was_patched():
     """The original shows 20 stars and the edited model 2: "mid" alone leaves 15, without it 8."""
     answer = patched_answer({"none": 20, "mid": 15}, {"none": 2, "mid": 8})
@@ -532,6 +540,17 @@ def test_the_table_of_patches_counts_erasures():
     assert "| mine | mid | 1,234 | 30.0 (-33.5 to 93.5) | 0.0 | 30.0 | 0.0 |" in table
     assert "| mine | **all** |  | 90.0 | 0.0 | 90.0 | 0.0 |" in table
     assert "| mine | cross-attention | 2.0 | 50 | 70 | 90 |" in table
+
+
+def test_points_stay_between_100_less_and_100_more():
+    """Two erasures in which a group does nothing, and all."""
+    answered = []
+    for seed, left in ((0, 20), (1, 0)):
+        cell = core.cell_of(mine, "star", seed, layers.patches("star"))
+        answer = patched_answer({"none": 20, "mid": left}, {"none": 2, "mid": 8})
+        answered.append((cell, answer))
+    table = layers.table(answers_of(*answered), [mine])
+    assert "| mine | mid | 1,234 | 50.0 (-100.0 to 100.0) |" in table
 
 
 # ---- replicates

@@ -161,6 +161,7 @@ def test_what_comes_back(low, high, comes_back):
     share = "100.0" if comes_back else "0.0"  # both rules say that it comes back
     assert [line.split("|")[2].split()[0] for line in rules] == [share, share]
     assert f"| {5 * high}.0 (" in table
+    assert "all: right for 1, %" in table and "mine: right for 1, %" in table
     (nothing,) = guidance.times_seen(answers, mine, "star", 10, None).values()
     assert nothing == (20 - high, 20)
     header = "none of the ten is seen, erased by"
