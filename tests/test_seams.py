@@ -89,7 +89,7 @@ def test_x_t_for_an_anchor(sd, recipe):
     texts = texts_of(sd, "star", anchors=["a sheriff badge"], batch=4)
     theta = erase.trainable_copies(sd.unet, "esd-x")
     unet = erase.with_theta(sd.unet, theta)
-    data = scope["x_t"](unet, texts, (4, 4, 8, 8), Generator().manual_seed(0))
+    data = scope["data"](unet, texts, (4, 4, 8, 8), Generator().manual_seed(0))
     losses = erase.gradient_steps(unet, sd.unet, data, torch.optim.Adam(theta.values(), lr=4e-4))
     assert len([*itertools.islice(losses, 6)]) == 6
     assert equal(scope["theta"], theta) and is_tuned(sd, theta)
@@ -99,7 +99,7 @@ def test_prompts_to_keep(sd, recipe):
     """Every other x_t is a kept prompt's, drawn by the frozen model, whose eps is the target."""
     scope = recipe("**Prompts to keep**")
     star, = texts_of(sd, "star", batch=4)
-    items = scope["data"](sd.unet, [star], (4, 4, 8, 8), Generator().manual_seed(0))
+    items = scope["alternating"](sd.unet, [star], (4, 4, 8, 8), Generator().manual_seed(0))
     rng, seen = Generator().manual_seed(0), []
     for i, (x_t, t, text) in enumerate(itertools.islice(items, 12)):
         torch.randint(1 + i % 2, (1,), generator=rng)  # one concept, two prompts to keep
