@@ -73,9 +73,9 @@ FINDINGS = """\
 - Eta 3 doesn't bring objects back (0.5 % at g 10), but 16 % of the styles, and costs more: 89 % of
   the other objects are right, and 79 % of the other styles. Concept ablation brings back 5 % of the
   objects and no style, and costs most: 81 and 38 %.
-- UCE makes the concept's prediction the empty prompt's, exactly: m_c is -1.00 and m_0 is 0.00 on
-  average, so kappa is 0 at every g. And 10 to 17 % of its objects are left, about as many as the
-  empty prompt shows. (UCE, eta 3 and concept ablation have one erasure of each concept so far.)
+- UCE makes the concept's prediction the empty prompt's: m_c is -1.01 to -.99 and m_0 -.01 to 0, so
+  kappa is near 0 at every g (-.12 to .14 at 10). And 10 to 17 % of its objects are left, about as
+  many as the empty prompt shows. (UCE, eta 3 and concept ablation have one erasure of each concept so far.)
 - Predicted, and true: the slope is positive for every concept with plain ESD-u, and near 0 or below
   with the empty prompt kept.
 - Predicted, and not true: that the slope's sign says of nine in ten erasures whether the concept
