@@ -75,7 +75,8 @@ FINDINGS = """\
   objects and no style, and costs most: 81 and 38 %.
 - UCE makes the concept's prediction the empty prompt's: m_c is -1.01 to -.99 and m_0 -.01 to 0, so
   kappa is near 0 at every g (-.12 to .14 at 10). And 10 to 17 % of its objects are left, about as
-  many as the empty prompt shows. (UCE, eta 3 and concept ablation have one erasure of each concept so far.)
+  many as the empty prompt shows. (UCE, eta 3 and concept ablation have one erasure of each concept
+  so far.)
 - Predicted, and true: the slope is positive for every concept with plain ESD-u, and near 0 or below
   with the empty prompt kept.
 - Predicted, and not true: that the slope's sign says of nine in ten erasures whether the concept
