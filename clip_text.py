@@ -2,9 +2,10 @@
 
     text = TextEncoder(TextConfig())(tokens)      # (B, 77) -> (B, 77, 768)
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
-https://arxiv.org/abs/2103.00020 (section 2.4). tokens are a start token, the prompt, and end tokens
-up to 77. Attribute names are those of the published checkpoints without the prefix `text_model.`.
+Radford et al., "Learning Transferable Visual Models From Natural Language
+Supervision", 2021, https://arxiv.org/abs/2103.00020 (section 2.4). tokens are a start
+token, the prompt, and end tokens up to 77. Attribute names are those of the published
+checkpoints without the prefix `text_model.`.
 
 Shapes: B batch, N tokens (77), D width (768), h heads (12).
 """
@@ -39,15 +40,18 @@ class Embeddings(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embedding = nn.Embedding(
+            config.max_position_embeddings, config.hidden_size
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         position = torch.arange(tokens.shape[1], device=tokens.device)  # (N,)
-        return self.token_embedding(tokens) + self.position_embedding(position)  # (B, N, D)
+        # (B, N) -> (B, N, D)
+        return self.token_embedding(tokens) + self.position_embedding(position)
 
 
 class Attention(nn.Module):
-    """Causal self-attention: no token attends to a later one. (B, N, D) -> (B, N, D)."""
+    """Causal self-attention: no token sees a later one. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -61,7 +65,9 @@ class Attention(nn.Module):
         def split(tokens):  # (B, N, D) -> (B, h, N, D/h)
             return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        q = split(self.q_proj(x))
+        k = split(self.k_proj(x))
+        v = split(self.v_proj(x))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, h, N, D/h)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, N, D)
 
@@ -98,7 +104,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -107,7 +114,7 @@ class Encoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Encodes a prompt as one vector per token, which the U-Net's cross-attention attends to."""
+    """Encodes a prompt as a vector per token, for the U-Net's cross-attention."""
 
     def __init__(self, config: TextConfig = TextConfig()):
         super().__init__()
@@ -117,7 +124,7 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=1e-5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, 77) -> text: (B, 77, 768), the last layer's output after the final norm."""
+        """tokens: (B, 77) -> text: (B, 77, 768), the last layer's after the final norm."""
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 
@@ -125,11 +132,17 @@ def config_from_json(config: dict) -> TextConfig:
     """Returns the config that a published `text_encoder/config.json` describes."""
     act = config.get("hidden_act", "quick_gelu")
     if act != "quick_gelu":  # OpenCLIP's ViT-L/14 has exact GELU and the same shapes
-        raise ValueError(f"text_encoder/config.json has hidden_act = {act!r}, not 'quick_gelu'")
-    return TextConfig(**{name: config[name] for name in TextConfig.__dataclass_fields__})
+        raise ValueError(
+            f"text_encoder/config.json has hidden_act = {act!r}, not 'quick_gelu'"
+        )
+    known = {name: config[name] for name in TextConfig.__dataclass_fields__}
+    return TextConfig(**known)
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drops the prefix and the constant position_ids, neither of which transformers 5 writes."""
-    return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()
-            if not name.endswith("position_ids")}
+    """Drops the prefix and the constant position_ids; transformers 5 writes neither."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if not name.endswith("position_ids"):
+            renamed[name.removeprefix("text_model.")] = tensor
+    return renamed

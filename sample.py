@@ -680,9 +680,11 @@ def shared_parser(description: str, words: str, help_text: str) -> argparse.Argu
     )
     add = parser.add_argument
     add(words, nargs="+", metavar=words.removesuffix("s").upper(), help=help_text)
+
     add("--model", default=DEFAULT_MODEL, help="a folder in diffusers' layout, or a hub name")
     add("--erased", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
         help="weights that erase.py wrote; of the same weight, the last file's counts")
+
     add("--seed", type=int, default=0, help="of all random numbers")
     add("--steps", type=int, default=50, help="DDIM steps")
     add("--device", default="auto", help="cpu, cuda, mps, ...")

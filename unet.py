@@ -1,11 +1,12 @@
-"""The U-Net of Stable Diffusion v1: predicts the noise in a latent, given time and text.
+"""The U-Net of Stable Diffusion v1: predicts a latent's noise, given time and text.
 
     eps = UNet(UNetConfig())(x_t, t, text)
     # (B, 4, 64, 64), (B,), (B, 77, 768) -> (B, 4, 64, 64)
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
 CVPR 2022, https://arxiv.org/abs/2112.10752 (section 3.3 and figure 3). Attribute names
-are those of the published checkpoints in diffusers' layout, so that they load as they are.
+are those of the published checkpoints in diffusers' layout, so that they load as they
+are.
 
 Shapes: B batch, C channels, H W feature map, N tokens (H*W of the image or 77 of the
 text), M tokens of context, D width of a token, h heads, d = D/h. emb is the time
@@ -25,8 +26,9 @@ class UNetConfig:
     """The sizes of a U-Net; the defaults are Stable Diffusion v1's."""
 
     in_channels: int = 4  # of the latents, in and out
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # C of each level, finest first
-    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
+    # of each level, finest first: C, and whether it has transformers
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention: tuple[bool, ...] = (True, True, True, False)
     layers_per_block: int = 2
     cross_attention_dim: int = 768  # D of the text encoder
     heads: int = 8  # at every level, so a head is 40, 80, 160 or 160 wide
@@ -35,7 +37,7 @@ class UNetConfig:
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim): cosines, then sines, of t / 10000^(i / (dim/2)) for i < dim/2."""
+    """(B,) -> (B, dim): cosines, then sines, of t / 10000^(i / (dim/2)), i < dim/2."""
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * freqs  # (B, dim/2)
@@ -55,7 +57,7 @@ class TimeMLP(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with the time added in between: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Two convolutions, time added in between: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
@@ -75,8 +77,9 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token of x attends to all of context: (B, N, D), (B, M, D_context) -> (B, N, D).
+    """Every token of x attends to all of context.
 
+    (B, N, D), (B, M, D_context) -> (B, N, D)
     softmax(Q K^T / sqrt(d)) V in each head ("Attention Is All You Need", eq. 1).
     """
 
@@ -86,7 +89,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list for the key: to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list, for to_out.0
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         def split(tokens):  # (B, N, D) -> (B, h, N, D/h)
@@ -100,7 +103,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by another: value * gelu(gate), (B, N, D) -> (B, N, D_out)."""
+    """A gated linear layer, value * gelu(gate): (B, N, D) -> (B, N, D_out)."""
 
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
@@ -112,19 +115,22 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The MLP of a transformer block, four times as wide inside: (B, N, D) -> (B, N, D)."""
+    """A transformer block's MLP, four times as wide inside: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int):
         super().__init__()
-        # net.1 is the published model's dropout: it has no weights, but makes the next key net.2
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        # net.1 is the published model's dropout: it has no weights, but makes the next
+        # key net.2
+        self.net = nn.Sequential(
+            GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, MLP: (B, N, D), (B, 77, 768) -> (B, N, D)."""
+    """Self-attention, cross-attention, MLP: (B, N, D), (B, 77, 768) -> (B, N, D)."""
 
     def __init__(self, dim: int, text_dim: int, heads: int):
         super().__init__()
@@ -143,11 +149,11 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a feature map: (B, C, H, W) -> (B, C, H, W)."""
+    """A transformer block over a feature map's pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, text_dim: int, heads: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the resnets
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in resnets
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, text_dim, heads)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
@@ -186,7 +192,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The resnets of one level, each followed by a transformer if the level has attention."""
+    """The resnets of one level, each followed by a transformer if it has attention."""
 
     def __init__(self, inputs: list[int], c_out: int, attention: bool, config: UNetConfig):
         """inputs: the input channels of each resnet."""
@@ -210,7 +216,7 @@ class Level(nn.Module):
 
 
 class DownBlock(Level):
-    """One level on the way down: returns the output of each layer, all of which are skips."""
+    """One level on the way down: returns the output of each layer; all are skips."""
 
     def __init__(self, inputs, c_out, attention, config, last: bool):
         super().__init__(inputs, c_out, attention, config)
@@ -269,7 +275,7 @@ class MidBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, c, t): predicts the noise in x_t, given the time t and the text c."""
+    """eps_theta(x_t, c, t): predicts the noise in x_t, given time t and text c."""
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
@@ -282,7 +288,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeMLP(widths[0], 4 * widths[0])
         self.mid_block = MidBlock(widths[-1], config)
 
-        # Down: every output is a skip, conv_in's first. In Stable Diffusion v1 they have
+        # Down: every output is a skip, conv_in's first. Stable Diffusion v1's have
         # 320, 320 320 320, 640 640 640, 1280 1280 1280, 1280 1280 channels.
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]
@@ -295,7 +301,7 @@ class UNet(nn.Module):
             if level < last:
                 skips.append(width)  # the downsampler's
 
-        # Up: the input of a resnet is the output before it and the latest skip, together
+        # Up: a resnet's input is the output before it and the latest skip, together
         # 2560 2560 2560, 2560 2560 1920, 1920 1280 960, 960 640 640 channels.
         self.up_blocks = nn.ModuleList()
         before = widths[-1]
@@ -313,7 +319,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor | int, text: Tensor) -> Tensor:
-        """x_t: (B, 4, 64, 64), t: (B,) or a number, text: (B, 77, 768) -> eps: (B, 4, 64, 64).
+        """x_t: (B, 4, 64, 64), t: (B,) or a number, text: (B, 77, 768) -> eps, as x_t.
 
         Computes in the weights' dtype and returns x_t's.
         """
@@ -337,10 +343,11 @@ class UNet(nn.Module):
 
 def config_from_json(config: dict) -> UNetConfig:
     """Returns the config that a published `unet/config.json` describes."""
+    types = config["down_block_types"]
     return UNetConfig(
         in_channels=config["in_channels"],
         block_out_channels=tuple(config["block_out_channels"]),
-        attention=tuple(name == "CrossAttnDownBlock2D" for name in config["down_block_types"]),
+        attention=tuple(each == "CrossAttnDownBlock2D" for each in types),
         layers_per_block=config["layers_per_block"],
         cross_attention_dim=config["cross_attention_dim"],
         heads=config.get("attention_head_dim", 8),  # despite its name, it counts heads

@@ -530,27 +530,26 @@ def test_effects_are_counted_from_the_model_that_was_patched():
         assert layers.effects(found, how, group="up 1", where="by name") == []
 
 
-def test_the_table_of_patches_counts_erasures():
+def table_with_mid(*left: int) -> str:
+    """Returns the table of two or more erasures: stars left of 20 with "mid" alone edited."""
     answered = []
-    for seed, left in ((0, 15), (1, 13)):
+    for seed, each in enumerate(left):
         cell = core.cell_of(mine, "star", seed, layers.patches("star"))
-        answer = patched_answer({"none": 20, "mid": left}, {"none": 2, "mid": 8})
+        answer = patched_answer({"none": 20, "mid": each}, {"none": 2, "mid": 8})
         answered.append((cell, answer))
-    table = layers.table(answers_of(*answered), [mine])
+    return layers.table(answers_of(*answered), [mine])
+
+
+def test_the_table_of_patches_counts_erasures():
+    table = table_with_mid(15, 13)
     assert "| mine | mid | 1,234 | 30.0 (-33.5 to 93.5) | 0.0 | 30.0 | 0.0 |" in table
     assert "| mine | **all** |  | 90.0 | 0.0 | 90.0 | 0.0 |" in table
     assert "| mine | cross-attention | 2.0 | 50 | 70 | 90 |" in table
 
 
 def test_points_stay_between_100_less_and_100_more():
-    """Two erasures in which a group does nothing, and all."""
-    answered = []
-    for seed, left in ((0, 20), (1, 0)):
-        cell = core.cell_of(mine, "star", seed, layers.patches("star"))
-        answer = patched_answer({"none": 20, "mid": left}, {"none": 2, "mid": 8})
-        answered.append((cell, answer))
-    table = layers.table(answers_of(*answered), [mine])
-    assert "| mine | mid | 1,234 | 50.0 (-100.0 to 100.0) |" in table
+    """A group does nothing in one erasure, and all in the other."""
+    assert "| mine | mid | 1,234 | 50.0 (-100.0 to 100.0) |" in table_with_mid(20, 0)
 
 
 # ---- replicates
