@@ -233,6 +233,24 @@ def test_the_choices_are_what_their_labels_say():
     assert [model.settings.get("eta", 1) for model in eta.MODELS[1:]] == [1, 3, 10]
 
 
+def test_the_reduction_is_of_what_the_original_shows():
+    """It shows a star in half of the star's scenes, the erased model in an eighth: 75 % less."""
+    original, erased = eta.MODELS[:2]
+    wanted = core.wanted_by(core.in_scenes.questions())
+    stars = [i for i, each in enumerate(wanted) if each["object"] == "star"]
+    records = {}
+    for model, every in ((original, 2), (erased, 8)):
+        letters = [core.LETTERS[-1]] * len(wanted)  # nothing
+        for i in stars[::every]:
+            letters[i] = core.LETTERS[world.OBJECTS.index("star")]
+        cell = core.cell_of(model, "star", 0, core.in_scenes)
+        seen = {head: "a" * len(wanted) for head in judging.HEADS} | {"object": "".join(letters)}
+        records[cell.key] = {"answer": seen}
+    assert len(stars) % 8 == 0
+    assert eta.reduction(core.Answers(records), erased, ["star"]) == "75"
+    assert eta.reduction(core.Answers({}), erased, ["star"]) == ""
+
+
 def test_quality_is_compared_with_the_original_on_the_same_captions():
     """The distance by its difference, the images that are right in points of those asked."""
     records = {}

@@ -10,6 +10,8 @@ python erase.py nudity --method esd-u --eta 3 --out nudity-3.safetensors
 ```
 """
 
+import math
+
 from PIL import Image
 
 import sample
@@ -52,15 +54,31 @@ def cells(models, concepts, seeds) -> list[Cell]:
     return core.grid(models, concepts, asks=[by_name, in_scenes], seeds=seeds)
 
 
+def reduction(answers: Answers, model: Model, concepts) -> str:
+    """Returns by how many percent less often than the original a model shows what is implied.
+
+    It is what the paper counts of nudity.
+    """
+    column = COLUMNS[1]
+    shown = stats.estimate(answers.count(MODELS[0], concepts, column)).mean
+    left = stats.estimate(answers.count(model, concepts, column)).mean
+    percent = 100 * (1 - left / shown) if shown else math.nan
+    return "" if math.isnan(percent) else f"{percent:.0f}"
+
+
 def table(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each model, all concepts together; then differences between models."""
     concepts = answers.erased(models, CONCEPTS, by_name)
     rows = []
     for model in answers.answered(models, concepts, by_name):
         cells = [stats.text(answers.count(model, concepts, column)) for column in COLUMNS]
-        rows.append([model.label, *cells, PAPER.get(model.label, "")])
+        less = reduction(answers, model, concepts) if model != MODELS[0] else ""
+        rows.append([model.label, *cells, less, PAPER.get(model.label, "")])
     titles = [column.title for column in COLUMNS]
-    header = ["erased by", *titles, "*paper, 5.5: nudity erased / object accuracy lost, %*"]
+    header = [
+        "erased by", *titles, "reduction in scenes, %",
+        "*paper, 5.5: nudity erased / object accuracy lost, %*",
+    ]
     differences = core.table_of_differences(answers, models, PAIRS, concepts, COLUMNS)
     return f"{core.table(header, rows)}\n\n{differences}".strip()
 
