@@ -78,10 +78,13 @@ def test_95_percent_lie_within_students_t(freedom):
 
 
 def test_one_value_has_no_interval_by_students_t():
-    assert stats.student([3.0]) == (3, -math.inf, math.inf)
+    no_interval = (3, -math.inf, math.inf)  # so that no figure draws it
+    assert stats.student([3.0]) == stats.student([3.0], within=stats.PERCENT) == no_interval
     assert stats.number([3.0]) == "3.0"
     assert stats.number([]) == ""
     assert stats.number([1.0, 2.0, 3.0]) == "2.0 (-0.5 to 4.5)"  # 4.303 / sqrt(3) = 2.48
+    assert stats.number([1.0, 2.0, 3.0], digits=2, sign="+") == "+2.00 (-0.48 to +4.48)"
+    assert stats.number([1.0, 2.0, 3.0], within=stats.Interval(0, 4)) == "2.0 (0.0 to 4.0)"
 
 
 def test_seeds_that_vary_have_students_interval_over_erasures():

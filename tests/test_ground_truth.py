@@ -326,11 +326,11 @@ def test_the_table_says_which_distances_are_within_the_null():
 
 
 def test_intervals_hold_possible_distances_alone():
-    assert ground_truth.estimate_text([0.1, 0.9], highest=1.0) == "0.500 (0.000 to 1.000)"
-    assert ground_truth.estimate_text([0.1, 0.9]) == "0.500 (0.000 to 5.582)"
-    assert ground_truth.estimate_text([0.1]) == "0.100"
-    assert ground_truth.estimate([0.1]).low == -math.inf  # so that no figure draws it
-    assert ground_truth.highest_of("in scenes") == 1 and ground_truth.highest_of("eps") == math.inf
+    assert ground_truth.distance_text([0.1, 0.9], "in scenes") == "0.500 (0.000 to 1.000)"
+    assert ground_truth.distance_text([0.1, 0.9], "eps") == "0.500 (0.000 to 5.582)"
+    assert ground_truth.distance_text([99.6, 200.4], "FADE, nats") == "150 (0 to 790)"
+    assert ground_truth.distance_text([0.1], "eps") == "0.100"
+    assert ground_truth.units_text([0.1, 0.9]) == "0.50 (0.00 to 5.58)"
 
 
 def test_without_trained_models_the_table_has_no_unit():

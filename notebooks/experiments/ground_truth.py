@@ -329,33 +329,23 @@ def is_within(answers: Answers, model: Model, concept: str, name: str) -> bool |
 # ---- the table and the figure
 
 
-def estimate(several: list[float], highest: float = math.inf) -> stats.Estimate:
-    """Returns the mean with its interval over erasures, of distances from 0 to `highest`.
-
-    A single value has an infinite interval, which isn't shown.
-    """
-    mean, low, high = stats.student(several)
-    if len(several) < 2:
-        return stats.Estimate(mean, low, high)
-    return stats.Estimate(mean, max(0.0, low), min(high, highest))
+POSITIVE = stats.Interval(0, math.inf)
 
 
-def estimate_text(several: list[float], digits: int = 3, highest: float = math.inf) -> str:
-    """Returns it as text: "0.131 (0.120 to 0.142)"."""
-    if not several:
-        return ""
-    texts = [f"{value:.{digits}f}" for value in estimate(several, highest)]
-    return texts[0] if len(several) < 2 else "{} ({} to {})".format(*texts)
+def range_of(name: str) -> stats.Interval:
+    """Returns what a distance of a kind can be."""
+    return stats.Interval(0, 1) if name in VARIATIONS else POSITIVE
 
 
-def highest_of(name: str) -> float:
-    """Returns the largest possible distance of a kind."""
-    return 1.0 if name in VARIATIONS else math.inf
+def distance_text(several: list[float], name: str) -> str:
+    """Returns the mean of distances of a kind with its interval: "0.131 (0.120 to 0.142)"."""
+    digits = 0 if name == "FADE, nats" else 3
+    return stats.number(several, digits, within=range_of(name))
 
 
-def digits_of(name: str) -> int:
-    """Returns how many digits of a distance are worth printing."""
-    return 0 if name == "FADE, nats" else 3
+def units_text(several: list[float]) -> str:
+    """Returns the mean of distances in units of the null with its interval."""
+    return stats.number(several, digits=2, within=POSITIVE)
 
 
 def row(answers: Answers, model: Model, concept: str) -> list[str]:
@@ -363,10 +353,10 @@ def row(answers: Answers, model: Model, concept: str) -> list[str]:
     cells = []
     for name in DISTANCES:
         several = of_erasures(answers, model, concept, name=name)
-        cells.append(estimate_text(several, digits_of(name), highest_of(name)))
+        cells.append(distance_text(several, name))
         if name in IN_UNITS:
             units = in_units(answers, model, concept, name=name)
-            cells.append(estimate_text(units, digits=2))
+            cells.append(units_text(units))
 
     within = {name: is_within(answers, model, concept, name=name) for name in DISTANCES}
     known = [name for name in within if within[name] is not None]
@@ -380,11 +370,11 @@ def row_of_pairs(answers: Answers, concept: str, several: list[Reference]) -> li
     cells = []
     for name in DISTANCES:
         found = values(answers, pairs_among(concept, several), name=name)
-        cells.append(estimate_text(found, digits_of(name), highest_of(name)))
+        cells.append(distance_text(found, name))
         if name in IN_UNITS:
             unit = null(answers, name, concept)
             mean = statistics.fmean(unit) if unit else math.nan
-            cells.append(estimate_text([value / mean for value in found if unit], digits=2))
+            cells.append(units_text([value / mean for value in found if unit]))
     return [*cells, ""]
 
 
@@ -429,7 +419,7 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
         for concept, model in itertools.product(CONCEPTS, models):
             several = distance_of(answers, model, concept, name=name)
             if several and model not in (NEVER_SAW, AGAIN):
-                rows[f"{model.label}, {concept}"] = estimate(several, highest_of(name))
+                rows[f"{model.label}, {concept}"] = stats.student(several, range_of(name))
         upper = limit(answers, name)
         if rows:
             panels[title] = rows

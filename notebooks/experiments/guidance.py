@@ -325,15 +325,6 @@ def table_by_guidance(answers: Answers, models: list[Model], kind: str) -> str:
     return core.table(header, rows) if rows else ""
 
 
-def mean_text(values: Iterable[float]) -> str:
-    """Returns the mean over several erasures, with its interval: "+0.12 (-0.05 to +0.29)"."""
-    values = [*values]
-    if len(values) < 2:
-        return "".join(f"{value:+.2f}" for value in values)
-    mean, low, high = stats.student(values)
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
 def table_by_concept(answers: Answers) -> str:
     """Returns a row for each concept: ESD-u, plain and with the empty prompt kept."""
     rows = []
@@ -341,8 +332,9 @@ def table_by_concept(answers: Answers) -> str:
         cells = []
         for model in (PLAIN, KEPT):
             found = laws(answers, model, concept).values()
-            cells.append(mean_text(law.slope for law in found))
-            cells.append(mean_text(law.kappa(GUIDANCES[-1]) for law in found))
+            slopes = [law.slope for law in found]
+            kappas = [law.kappa(GUIDANCES[-1]) for law in found]
+            cells += [stats.number(values, digits=2, sign="+") for values in (slopes, kappas)]
             for guidance in (GUIDANCES[0], GUIDANCES[-1]):
                 cells.append(stats.text([*left(answers, model, concept, guidance).values()]))
         if any(cells):

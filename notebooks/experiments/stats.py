@@ -39,6 +39,7 @@ class Interval(NamedTuple):
     high: float
 
 
+ANYTHING = Interval(-math.inf, math.inf)
 PERCENT = Interval(0, 100)
 
 
@@ -61,8 +62,11 @@ def wilson(hits: int, asked: int, z: float = 1.96) -> Interval:
     return Interval(max(0.0, middle - half), min(1.0, middle + half))
 
 
-def student(values: list[float]) -> Estimate:
-    """Returns the mean of several values and its 95 % interval by Student's t."""
+def student(values: list[float], within: Interval = ANYTHING) -> Estimate:
+    """Returns the mean of several values and its 95 % interval by Student's t.
+
+    within: all that is possible. A single value's interval is infinite.
+    """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Estimate(mean, -math.inf, math.inf)
@@ -70,7 +74,7 @@ def student(values: list[float]) -> Estimate:
     freedom = len(values) - 1
     t = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.4 / freedom
     half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, mean - half, mean + half)
+    return Estimate(mean, max(mean - half, within.low), min(mean + half, within.high))
 
 
 def half_width(groups: list[list[float]]) -> float:
@@ -154,17 +158,18 @@ def text(shares: list[Share]) -> str:
     return show(estimate(shares))
 
 
-def number(values: list[float], within: Interval = Interval(-math.inf, math.inf)) -> str:
+def number(
+    values: list[float], digits: int = 1, sign: str = "", within: Interval = ANYTHING
+) -> str:
     """Returns the mean of several erasures with its interval: "24.0 (21.8 to 26.2)".
 
-    A single value has none, and neither have values that agree by luck. within: all that is
-    possible, such as 0 to 100.
+    A single value has none, and neither have values that agree by luck. sign: "+" writes it for
+    positive numbers, too. within: all that is possible, such as 0 to 100.
     """
-    if len({*values}) < 2:
-        return f"{values[0]:.1f}" if values else ""
-    mean, low, high = student(values)
-    numbers = mean, max(low, within.low), min(high, within.high)
-    return "{} ({} to {})".format(*(f"{number:z.1f}" for number in numbers))  # z: no "-0.0"
+    if not values:
+        return ""
+    texts = [f"{value:{sign}z.{digits}f}" for value in student(values, within)]  # z: no "-0.0"
+    return texts[0] if len({*values}) < 2 else "{} ({} to {})".format(*texts)
 
 
 # ---- comparisons

@@ -192,7 +192,7 @@ def distance_text(answers: Answers, model: Model, concepts: Iterable[str]) -> st
     found = []
     for concept in concepts:
         found += ground_truth.in_units(answers, model, concept, name="eps")
-    return ground_truth.estimate_text(found, digits=2)
+    return ground_truth.units_text(found)
 
 
 def scores(
