@@ -106,7 +106,6 @@ def to_url(image: Image.Image) -> str:
 def to_block(sheets: dict[str, Sheet]) -> str:
     """Returns what is between the markers: a script element of JSON, a line for each sheet."""
     lines = {
-        "size": world.SIZE,
         "guidances": GUIDANCES,
         "prompts": {c: [each._asdict() for each in prompts_for(c)] for c in CONCEPTS},
     }

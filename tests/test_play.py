@@ -172,7 +172,7 @@ def drawn_by_never_saw(settings: Settings) -> Tensor:
 def eq_4(settings: Settings) -> tuple[Tensor, Tensor]:
     """Returns points of a grid, (N, 2), and their weights in Eq. 4's density, (N,)."""
     model, null, c = world_of(settings)
-    axis = torch.arange(-12, 16, 0.07, dtype=torch.float64)
+    axis = torch.arange(-30, 30, 0.1, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     x = grid[:, :, None, None]
     log_p = model.log_density(x, exact(1), null)
@@ -352,6 +352,19 @@ def test_the_closed_forms(page):
     erased, density = columns(page)
     assert_column(erased, summary(wrong, drawn(wrong)))
     assert_column(density, summary(wrong, *eq_4(wrong)))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("settings", [
+    Settings(world="line", means=((0, 0), (0.8, 0)), eta=3, guidance=10, delta=0.5, narrow=1),
+    Settings(world="line", means=((0, 0), (0.8, 0)), eta=-1, guidance=3),
+    Settings(eta=3, guidance=10, delta=0.5),
+], ids=what_differs)
+def test_eq_4s_density_is_found_wherever_it_is(page, settings):
+    """Guided, its eta is g eta; wrong captions let it go far, but not without end."""
+    set_controls(page, settings)
+    expected = summary(settings, *eq_4(settings))
+    assert_column(columns(page)[-1][: len(expected)], expected)  # the closed form is below
 
 
 @pytest.mark.browser

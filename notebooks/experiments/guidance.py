@@ -58,7 +58,6 @@ MODELS = [  # each is drawn with at every guidance
     models.uce_,
     models.ablation,
 ]
-KINDS = {"objects": world.OBJECTS, "styles": STYLES}
 CONCEPTS = (*world.OBJECTS, *STYLES)
 SEEDS = core.SEEDS
 FINDINGS = """\
@@ -310,7 +309,7 @@ def erasures(answers: Answers, models: list[Model]) -> list[Erasure]:
 
 def table_by_guidance(answers: Answers, models: list[Model], kind: str) -> str:
     """Returns a row for each model: how much is left at each g, and how much is kept."""
-    concepts = KINDS[kind]
+    concepts = core.KINDS[kind]
     rows = []
     for model in models:
         shares = [all_left(answers, model, concepts, guidance) for guidance in GUIDANCES]
@@ -318,7 +317,7 @@ def table_by_guidance(answers: Answers, models: list[Model], kind: str) -> str:
         if any(shares[: len(GUIDANCES)]):
             rows.append([model.label, *(stats.text(each) for each in shares)])
     header = [
-        f"{kind}, erased by",
+        f"{kind}s, erased by",
         *(f"left at g {guidance:g}, %" for guidance in GUIDANCES),
         *(f"others right at g {guidance:g}, %" for guidance in KEPT_AT),
     ]
@@ -400,7 +399,7 @@ def table_of_nothing(answers: Answers, models: list[Model]) -> str:
         cells = []
         for guidance in GUIDANCES:
             shares = []
-            for concept in KINDS["objects"]:
+            for concept in core.KINDS["object"]:
                 shares += times_seen(answers, model, concept, guidance, None).values()
             cells.append(stats.text(shares))
         if any(cells):
@@ -411,7 +410,7 @@ def table_of_nothing(answers: Answers, models: list[Model]) -> str:
 
 def table(answers: Answers, models: list[Model]) -> str:
     """Returns tables of objects and of styles, by concept, and of what the law predicts."""
-    parts = [table_by_guidance(answers, models, kind) for kind in KINDS]
+    parts = [table_by_guidance(answers, models, kind) for kind in core.KINDS]
     parts.append(table_of_nothing(answers, models))
     parts += [table_by_concept(answers), table_of_rules(answers, models)]
     parts.append(table_of_ranks(answers, models))
@@ -421,14 +420,15 @@ def table(answers: Answers, models: list[Model]) -> str:
 def figure(answers: Answers, models: list[Model]):
     """Returns what is left against g, and what is left at the highest g against the slope."""
     panels = {}
-    for kind, concepts in KINDS.items():
-        panels[kind] = []
+    for kind, concepts in core.KINDS.items():
+        title = f"{kind}s"
+        panels[title] = []
         for model in models:
             shares = {g: all_left(answers, model, concepts, g) for g in GUIDANCES}
             asked = [g for g, several in shares.items() if several]
             if asked:
                 line = figures.Line(model.label, x=asked, shares=[shares[g] for g in asked])
-                panels[kind].append(line)
+                panels[title].append(line)
 
     marks = []
     for each in erasures(answers, models):
