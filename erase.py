@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -242,7 +243,8 @@ def setting_to_text(value: object) -> str:
     if isinstance(value, StableDiffusion):
         return f"a model with the numbers {sample.fingerprint(value)}"
     if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} with the sum {value.sum().item()}"
+        numbers = value.detach().cpu().float().numpy()
+        return f"a tensor {numbers.shape} with the checksum {zlib.crc32(numbers.tobytes())}"
     try:
         return inspect.getsource(value)
     except (OSError, TypeError):  # defined in a REPL, or not a function
@@ -423,11 +425,16 @@ def data_from_flags(args: argparse.Namespace, sd: StableDiffusion) -> Callable:
         function = find_function("--data", args.data)
 
     defaults = inspect.signature(x_t_from_model).parameters
-    for name in ("steps", "guidance", "every_step"):
-        is_taken = name in inspect.signature(function).parameters
-        if not is_taken and options[name] != defaults[name].default:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} changes nothing with {args.data or '--image'}: leave it out")
+    taken = inspect.signature(function).parameters
+    flags = {"steps": "--steps", "guidance": "--guidance", "every_step": "--every-step"}
+    ignored = [
+        flag for name, flag in flags.items()
+        if name not in taken and options[name] != defaults[name].default
+    ]
+    if args.image and "latents" not in taken:
+        ignored.append("--image")
+    for flag in ignored:
+        raise UsageError(f"{flag} changes nothing with {args.data or '--image'}: leave it out")
     return bind(function, options)
 
 

@@ -468,6 +468,24 @@ def test_a_mistake_in_a_loss_keeps_its_traceback(folder, tmp_path, monkeypatch):
                  "--loss", "my_loss:loss", "--out", tmp_path / "star.safetensors")
 
 
+def test_a_mistake_in_a_module_keeps_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "imports_nowhere.py").write_text("import nowhere_2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nowhere_2"):
+        erase.find_function("--loss", "imports_nowhere:loss")
+
+
+def test_drawing_keeps_no_activations_and_the_loss_has_gradients(sd):
+    """Else a trajectory of 50 steps would need the memory of 100 training steps."""
+    theta = erase.trainable_copies(sd.unet, "esd-x")
+    unet = erase.with_theta(sd.unet, theta)
+    texts = erase.texts_for(sd, ["star"], batch=1)
+    batches = EVERY_STEP(unet, texts, (1, 4, 8, 8), Generator().manual_seed(0), steps=3)
+    for batch in itertools.islice(batches, 3):
+        assert not batch.x_t.requires_grad
+        assert torch.is_grad_enabled()
+
+
 def test_x_t_carries_no_gradient_into_the_loss(sd):
     """A data function without no_grad gives the same theta."""
     def with_gradients(unet, texts, shape, rng):
@@ -514,7 +532,7 @@ def test_the_optimizer_gets_names_and_gradients_that_are_not_scaled(sd):
 
 
 def test_the_target_may_be_another_models(sd):
-    """With the student itself as the teacher and eta -1, Eq. 6 has nothing to teach."""
+    """As if the loss itself took another teacher."""
     other = sample.with_weights(sd, {"conv_in.bias": sd.unet.conv_in.bias + 1})
     asked = []
 
@@ -526,6 +544,12 @@ def test_the_target_may_be_another_models(sd):
     ours = erase.erase(sd, ["star"], **QUICK)
     assert len(asked) == 2 * QUICK["iterations"]
     assert all((theirs[name] != ours[name]).any() for name in ours)
+
+    def loss(unet, frozen, *batch):
+        return erase.esd_loss(unet, other.unet, *batch)
+
+    by_loss = erase.erase(sd, ["star"], loss_fn=loss, **QUICK)
+    assert all(torch.equal(theirs[name], by_loss[name]) for name in theirs)
 
 
 def test_on_step_sees_every_iteration_and_may_stop(sd):
@@ -679,6 +703,7 @@ def half_loss(*batch):
     {"concepts": ["heart"]}, {"eta": 2.0}, {"lr": 2e-3}, {"method": "esd-u"}, {"seed": 1},
     {"iterations": 5}, {"batch": 2}, {"loss_fn": half_loss}, {"optimizer": torch.optim.SGD},
     {"data": drawn_by(erase.x_t_from_model, steps=5)}, {"data": from_images},
+    {"frozen": half_loss},
 ])
 def test_a_checkpoint_of_another_run_is_refused(changed, sd, tmp_path, monkeypatch):
     """And named is what differs."""
@@ -710,6 +735,13 @@ def test_the_code_of_a_loss_is_a_setting(tmp_path, monkeypatch):
     assert erase.setting_to_text(half_loss) == erase.setting_to_text(half_loss)
     bound = [erase.setting_to_text(drawn_by(erase.x_t_from_model, steps)) for steps in (2, 2, 3)]
     assert bound[0] == bound[1] != bound[2]
+
+
+def test_images_are_a_setting_and_so_is_their_order():
+    latents = torch.randn(2, 4, 8, 8, generator=Generator().manual_seed(0))
+    several = [latents, latents.clone(), latents.flip(0), latents[:1]]
+    texts = [erase.setting_to_text(drawn_by(from_images, latents=each)) for each in several]
+    assert texts[0] == texts[1] and len({*texts}) == 3
 
 
 def test_an_interrupted_checkpoint_leaves_the_last_one(sd, tmp_path, monkeypatch):
@@ -917,6 +949,8 @@ def test_files_have_the_mode_that_the_user_chose(folder, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("flags, says", [
     (["--image", "IMAGE", "--guidance", "4"], "--guidance changes nothing with --image"),
     (["--image", "IMAGE", "--every-step"], "--every-step changes nothing with --image"),
+    (["--image", "IMAGE", "--data", "notebooks.methods.key_steps:data"],
+     "--image changes nothing with notebooks.methods.key_steps:data"),
     (["--data", "notebooks.methods.key_steps:data", "--every-step"],
      "--every-step changes nothing with notebooks.methods.key_steps:data"),
     (["--data", "test_erase:nothing", "--steps", 3], "--steps changes nothing with test_erase"),

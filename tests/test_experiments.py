@@ -494,6 +494,32 @@ def test_a_codes_checksum_changes_with_what_it_does(module_of):
         del sys.modules["notebooks.methods"].helper
 
 
+def test_what_a_method_of_ones_own_imports_from_its_folder_counts(module_of):
+    source = "import json\nimport my_helper\n"
+    by_name = "from my_helper import scale\n"
+
+    def checksums_with(of_helper):
+        module_of(of_helper, "my_helper")
+        return [checksums.code_of(module_of(each)) for each in (source, by_name)]
+
+    first = checksums_with(HELPER)
+    changed = checksums_with(HELPER.replace("2 * x", "3 * x"))
+    assert all(a != b for a, b in zip(first, changed))
+    assert checksums_with(HELPER + "# once\n") == first
+
+
+def test_our_six_files_do_not_count_where_ones_own_lies_next_to_them(module_of):
+    """And of our experiments' imports, only methods do."""
+    module_of(HELPER, "erase")
+    module = module_of("import erase\n")
+    assert [*checksums.modules_used(module)] == [module.__name__]
+
+    module_of(HELPER, "notebooks.experiments.helper")
+    experiment = module_of("", "notebooks.experiments.x")
+    experiment.h = sys.modules["notebooks.experiments.helper"]
+    assert [*checksums.modules_used(experiment)] == [experiment.__name__]
+
+
 def test_an_edit_during_a_run_does_not_pass_for_what_was_run(module_of):
     module = module_of(HELPER)
     first = checksums.code_of(module)
@@ -1270,9 +1296,19 @@ def test_an_experiment_is_whole(name):
 
 
 @each_experiment
-def test_no_two_cells_of_an_experiment_have_one_key(name):
+def test_no_two_cells_of_an_experiment_have_one_key(name, monkeypatch):
+    """Of two different ones, an experiment would keep one."""
+    made = {}
+
+    def cell_of(*args, **kwargs):
+        cell = core_cell_of(*args, **kwargs)
+        assert made.setdefault(cell.key, cell) == cell
+        return cell
+
+    core_cell_of = core.cell_of
+    monkeypatch.setattr(core, "cell_of", cell_of)
     keys = [cell.key for cell in all_cells(name)]
-    assert len(keys) == len({*keys}) > 5
+    assert len(keys) > 5 and {*keys} <= {*made}
     assert all(key.count("/") == 3 for key in keys)
 
 
@@ -1291,11 +1327,10 @@ def test_settings_are_json_and_tell_concepts_apart(context, name):
 
 
 @each_experiment
-def test_nothing_stored_is_an_empty_table(name):
-    """A reader's own run begins so, and a notebook may."""
-    module = run.experiment(name)
-    rows_of(module.table(Answers({}), module.MODELS))
-    assert run.stored_table(name, Path("nowhere")) == module.table(Answers({}), module.MODELS)
+def test_a_table_of_nothing_is_a_table(name):
+    """A reader's own run begins so, and a notebook may. Cells for numbers are empty."""
+    for row in rows_of(run.stored_table(name, Path("nowhere"))):
+        assert not any(cell.endswith((" %", ")")) and cell[0].isdigit() for cell in row if cell)
 
 
 def check_tables(name: str, examples: dict[str, dict]) -> None:
@@ -1323,6 +1358,42 @@ def check_tables(name: str, examples: dict[str, dict]) -> None:
 @each_experiment
 def test_every_model_is_in_its_table_and_any_may_be_missing(name):
     check_tables(name, shipped_answers())
+
+
+@pytest.mark.robustness  # the default tests run without matplotlib
+def test_figures_show_the_numbers_of_their_tables():
+    shares = [Share(1, 4), Share(2, 4)]
+    mean, low, high = stats.estimate(shares)
+
+    drawn = figures.dots({"a": {"row": [figures.Dot("here", shares)]}}, {"a": {"row": 7.5}})
+    interval, dot, paper = drawn.axes[0].lines
+    assert [*interval.get_xdata()] == [low, high]
+    assert [*dot.get_xdata()] == [mean]
+    assert [*paper.get_xdata()] == [7.5] and paper.get_marker() == "x"
+
+    drawn = figures.estimates({"a": {"row": stats.Estimate(2.0, 1.0, 4.0)}}, {"a": (0, 1.5)})
+    interval, dot = drawn.axes[0].lines
+    assert [*interval.get_xdata()] == [1, 4] and [*dot.get_xdata()] == [2]
+    (band,) = drawn.axes[0].patches
+    assert (band.get_x(), band.get_width()) == (0, 1.5)
+
+    line = figures.Line("model", x=[1, 5], shares=[shares, [Share(1, 1)]])
+    marks = {"marks": [figures.Mark("model", x=-0.5, y=40)]}
+    drawn = figures.lines({"a": [line]}, x="x", y="y", marks=marks)
+    assert drawn.axes[0].lines[0].get_xydata().tolist() == [[1, mean], [5, 100]]
+    zero, mark = drawn.axes[1].lines
+    assert [*zero.get_xdata()] == [0, 0] and mark.get_xydata().tolist() == [[-0.5, 40]]
+
+    places = [figures.Place("worse", 20, 3, score=50), figures.Place("better", 10, 2, score=90)]
+    drawn = figures.scatter({"a": places}, ours=["worse"])
+    assert [each.get_xydata().tolist() for each in drawn.axes[0].lines] == [[[10, 2]], [[20, 3]]]
+    texts = [each.get_text() for each in drawn.axes[0].texts]
+    assert texts[:2] == ["1.  90.0  better", "2.  50.0  worse"]
+
+    drawn = figures.heat_map({"a": {"row": {"x": 12.0, "y": math.nan}, "other": {"x": 0.0}}})
+    assert drawn.axes[0].images[0].get_array().tolist() == [[12, None], [0, None]]
+    assert [each.get_text() for each in drawn.axes[0].texts] == ["12", "0"]
+    figures.pyplot.close("all")
 
 
 @pytest.mark.robustness  # the default tests run without matplotlib
@@ -1372,7 +1443,9 @@ def test_the_page_has_what_is_stored(monkeypatch, tmp_path):
 
 def test_the_stored_results_are_of_this_code_and_these_models():
     context = core.open_context(core.TOY, Path("runs/experiments"), quick=False)
-    for name, records in run.read_records(run.SHIPPED).items():
+    records_of = run.read_records(run.SHIPPED)
+    assert all(records_of[name] for name in run.NAMES if run.reads(name) == (name,))
+    for name, records in records_of.items():
         module = run.experiment(name)
         cells = module.cells(module.MODELS, module.CONCEPTS, module.SEEDS)
         by_key = {cell.key: cell for cell in cells}

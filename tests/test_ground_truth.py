@@ -135,6 +135,17 @@ def test_below_is_a_prediction_limit():
     assert statistics.fmean(covered) == pytest.approx(0.95, abs=0.012)
 
 
+@pytest.mark.parametrize("freedom", [*range(1, 31), 31, 40, 60, 300])
+def test_95_percent_lie_below_the_one_sided_t(freedom):
+    """Student's density, integrated."""
+    values = [float(i % 3) for i in range(freedom + 1)]
+    t = np.linspace(0, stats.half_width([values]) / statistics.stdev(values), 20_001)
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    density = math.exp(log_scale) / math.sqrt(freedom * math.pi)
+    density = density * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
+    assert 0.5 + np.trapezoid(density, t) == pytest.approx(0.95, abs=3e-4)
+
+
 def test_half_width_is_of_the_deviation_within_groups():
     """1, 2, 3 and 11, 12, 13: s is 1 with 4 degrees of freedom, t(one-sided 95 %) = 2.132."""
     assert stats.half_width([[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]]) == pytest.approx(2.132)
@@ -162,12 +173,10 @@ def test_the_interval_of_a_difference_covers():
 
 
 def test_kendalls_tau():
-    """Kendall's own first example (1938): ten boys in two subjects, tau = 0.511."""
+    """The first example of Kendall's book (1948): ten boys, two subjects; 21 of 45 pairs agree."""
     mathematics = [7, 4, 3, 10, 6, 2, 9, 8, 1, 5]
     music = [5, 7, 3, 10, 1, 9, 6, 2, 8, 4]
-    pairs = itertools.combinations(zip(mathematics, music), 2)
-    signs = [1 if (a - c) * (b - d) > 0 else -1 for (a, b), (c, d) in pairs]
-    assert stats.kendall(mathematics, music) == pytest.approx(sum(signs) / 45)
+    assert stats.kendall(mathematics, music) == pytest.approx((21 - 24) / 45)
     assert stats.kendall([1, 2, 3], [1, 2, 3]) == 1
     assert stats.kendall([1, 2, 3], [6, 5, 4]) == -1
     # with ties, tau-b: two of the three pairs are untied in one, all in the other
@@ -393,7 +402,7 @@ def test_a_model_that_knows_of_no_concept_has_one_share_a_seed(monkeypatch):
     assert len(verdict.shares(Answers({}), several, "kept")) == 4
 
 
-def test_the_score_is_a_harmonic_mean_and_ranks_by_it(monkeypatch):
+def test_the_score_is_a_harmonic_mean(monkeypatch):
     monkeypatch.setattr(verdict, "seen_by_name", lambda answers, erasure: Share(1, 10))
     monkeypatch.setattr(verdict, "kept", lambda answers, erasure: Share(9, 10))
     monkeypatch.setattr(verdict, "seen_in_contexts", lambda answers, erasure: None)
@@ -401,6 +410,21 @@ def test_the_score_is_a_harmonic_mean_and_ranks_by_it(monkeypatch):
     monkeypatch.setattr(verdict, "net", lambda answers, erasure, attack: brought.get(attack, -0.1))
     score = verdict.score(Answers({}), verdict.Erasure(mine, "star", 0))
     assert score == pytest.approx(3 / (1 / 0.9 + 1 / 0.6 + 1 / 0.9))
+    monkeypatch.setattr(verdict, "seen_in_contexts", lambda answers, erasure: Share(2, 10))
+    score = verdict.score(Answers({}), verdict.Erasure(mine, "star", 0))
+    assert score == pytest.approx(4 / (1 / 0.9 + 1 / 0.6 + 1 / 0.9 + 1 / 0.8))
+
+
+def test_the_best_score_has_the_first_rank(monkeypatch):
+    values = {"mine": 0.5, "other": 0.9, "third": 0.5}
+    monkeypatch.setattr(verdict, "score", lambda answers, each: values.get(each.model.label))
+    rivals = [mine._replace(label=label) for label in values]
+    ranks = {}
+    for line in verdict.table(Answers({}), rivals).splitlines()[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "all":
+            ranks[cells[1]] = cells[2]
+    assert ranks == {"mine": "2", "other": "1", "third": "2"}
 
 
 def test_ranks_are_over_the_erasures_that_all_have(monkeypatch):
@@ -426,7 +450,8 @@ def test_the_verdict_is_made_of_what_other_experiments_ask():
     assert verdict.cells(verdict.MODELS, verdict.CONCEPTS, verdict.SEEDS) == []
     assert run.reads("verdict") == ("methods", "robust", "ground_truth")
     assert run.reads("eta") == ("eta",)
-    assert len(run.stored("verdict").records) >= len(run.stored("robust").records)
+    union = {key for name in verdict.READS for key in run.stored(name).records}
+    assert run.stored("verdict").records.keys() == union
 
 
 # ---- patches
@@ -579,6 +604,20 @@ def test_what_is_trained_is_where_experiments_look(tmp_path, monkeypatch):
     assert args.stages == ["unet"] and args.out == known["heart_1"].folder
     assert (args.out / "vae").is_dir() and not (args.out / "unet").exists()
     assert not known["heart_1"].is_trained
+
+
+def test_what_is_trained_is_not_trained_again(monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(
+        replicates.Replicate, "is_trained", property(lambda each: each.number == 0)
+    )
+    monkeypatch.setattr(replicates, "train_one", lambda each, *_: trained.append(each.folder))
+    args = replicates.argparse.Namespace(
+        names=["star_0", "star_1"], list=False, model=core.TOY, unet_steps=9
+    )
+    replicates.run(args)
+    assert trained == [Path("runs/never_saw/star_1/model")]
+    assert "star_0 is there" in capsys.readouterr().err
 
 
 def test_an_unknown_replicate_is_refused(capsys):

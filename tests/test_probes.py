@@ -191,6 +191,19 @@ def test_words_are_learned_and_the_model_stays(sd, images):
     assert not torch.isclose(learned[:, 2], ordinary[:, 2]).all()
 
 
+def test_four_words_are_learned(sd, images, monkeypatch):
+    optimized = []
+
+    def optimizer(tensors, lr):
+        optimized.extend(tensors)
+        return torch.optim.SGD(tensors, lr)
+
+    monkeypatch.setattr(probes.torch.optim, "Adam", optimizer)
+    batches = probes.noised_images(sd, images, batch=2)
+    probes.learned_words(sd, batches, iterations=0)
+    assert [each.shape for each in optimized] == [(4, sd.text_encoder.config.hidden_size)]
+
+
 def test_a_hard_prompt_is_the_best_token_and_then_the_next():
     worth = {"sea": 3, "badge": 2, "film": 2, "an": 0}
     calls = []
@@ -238,3 +251,5 @@ def test_relearning_stops_where_it_is_asked_to(sd, images):
 
     pairs = zip(sd.unet.parameters(), models[0].unet.parameters())
     assert all(torch.equal(original, start) for original, start in pairs)
+    pairs = zip(sd.unet.parameters(), models[-1].unet.parameters())
+    assert all((original != trained).any() for original, trained in pairs)

@@ -11,7 +11,10 @@ import json
 import sys
 import types
 import zlib
+from pathlib import Path
 from typing import Callable
+
+SIX = ("clip_text", "ddim", "erase", "sample", "unet", "vae")
 
 
 def crc(value: object) -> str:
@@ -31,17 +34,28 @@ def without_docstrings(source: str) -> str:
     return ast.dump(tree)
 
 
-def modules_used(module: types.ModuleType) -> dict[str, types.ModuleType]:
-    """Returns a module and the methods' modules that it imports, and they import, by name.
+def is_a_methods(module: types.ModuleType, of: types.ModuleType) -> bool:
+    """Whether a module that a method's module imports counts as code of the method.
 
-    Libraries aren't followed, nor are our six files, which tests compare with the
-    reference.
+    Those of methods/ do, and for a method in a file of its own, other files in its folder.
+    Libraries don't, nor do our six files, which tests compare with the reference.
     """
+    if module.__name__.startswith("notebooks.methods."):
+        return True
+    if of.__name__.startswith("notebooks.") or module.__name__ in SIX:
+        return False
+    files = [getattr(each, "__file__", None) or "" for each in (module, of)]
+    return Path(files[0]).parent == Path(files[1]).parent
+
+
+def modules_used(module: types.ModuleType) -> dict[str, types.ModuleType]:
+    """Returns a module and the method's modules that it imports, and they import, by name."""
     found = {module.__name__: module}
     for value in vars(module).values():
         name = getattr(value, "__name__" if inspect.ismodule(value) else "__module__", "")
-        if str(name).startswith("notebooks.methods.") and name not in found:
-            found |= modules_used(sys.modules[name])
+        other = sys.modules.get(str(name))
+        if other and name not in found and is_a_methods(other, of=module):
+            found |= modules_used(other)
     return found
 
 
