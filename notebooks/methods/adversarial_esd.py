@@ -7,8 +7,11 @@ r"""ESD against learned prompts: attacks the model before each step, and erases 
 
 The attack: Huang et al., "Receler", ECCV 2024, https://arxiv.org/abs/2311.17717 (16
 learned tokens after the prompt's). The term for prompts to keep: Zhang et al.,
-"AdvUnlearn", NeurIPS 2024, https://arxiv.org/abs/2405.15234. Symbols as in erase.py;
-delta the learned tokens, p a prompt to keep.
+"AdvUnlearn", NeurIPS 2024, https://arxiv.org/abs/2405.15234. Simplified: the learned tokens
+come after all 77 and start anew in each step (Receler's take the place of padding, right
+behind the word, and go on); theta are weights of the U-Net (Receler trains an adapter with
+a mask, AdvUnlearn the text encoder); x_t is the concept's in both terms (AdvUnlearn draws
+others for p). Symbols as in erase.py; delta the learned tokens, p a prompt to keep.
 """
 
 import functools
@@ -42,6 +45,7 @@ def attack(
     for _ in range(steps):
         eps = unet(x_t, t, torch.cat([c, delta.to(c.dtype)], dim=1))
         error = (eps - target).square().mean()
+        # not backward(), which would leave gradients in theta
         (delta.grad,) = torch.autograd.grad(error, delta)
         optimizer.step()
 

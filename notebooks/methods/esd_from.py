@@ -35,7 +35,7 @@ def loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
 
 def erase(
     sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (), seed: int = 0,
-    wider: str = "", **settings,
+    *, wider: str, **settings,
 ) -> dict[str, Tensor]:
     """Returns theta by name. settings: see `esd.erase`.
 

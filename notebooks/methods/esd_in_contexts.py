@@ -3,8 +3,8 @@
     theta = esd_in_contexts.erase(sd, {"star": "", "a red star": "a red picture"})
 
 Our variation. With Eq. 6 alone, "a red star" would move away from red as well, so its
-context takes the place of the empty prompt there. Symbols as in erase.py; k is the
-context.
+context takes the place of the empty prompt there, as the anchor does in spm.py. Symbols
+as in erase.py; k is the context.
 """
 
 import functools

@@ -24,7 +24,7 @@ from sample import StableDiffusion
 @torch.no_grad()
 def log_ratio(unet: Callable, x_t: Tensor, t: Tensor, c: Tensor, null: Tensor,
               jumps: int) -> Tensor:
-    """Returns log p_t(x_t|c) / p_t(x_t), (B,), from the model's predictions alone.
+    """Estimates log [p_t(x_t|c) / p_t(x_t)], (B,), from the model's predictions alone.
 
     x_t goes in jumps from s = t to s' = 999, where the log ratio is 0. Each jump has noise n
     of its own, the same in every call. By Bayes, the reverse of each jump (DDPM, eq. 7 and
@@ -64,7 +64,7 @@ def loss(
     concept's share of all images.
     """
     ratio = log_ratio(frozen, x_t, t, text.concept, null=text.null, jumps=jumps)
-    p = (prior * ratio.exp()).clamp(max=largest / (1 + largest))
+    p = (prior * ratio.exp()).clamp(max=largest / (1 + largest))  # the odds are `largest` there
     odds = ddim.per_sample(p / (1 - p), x_t)
     return esd_loss(unet, frozen, x_t, t, text, eta * odds)
 

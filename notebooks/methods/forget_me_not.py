@@ -28,7 +28,10 @@ def tokens_of(sd: StableDiffusion, prompt: str, end: bool) -> list[int]:
 
 
 def keep_map(layer: Attention, inputs: tuple[Tensor, Tensor], out: Tensor, maps: list) -> None:
-    """A forward hook: appends softmax(Q K^T / sqrt(d)), (B, h, N, 77), to maps."""
+    """A forward hook: appends softmax(Q K^T / sqrt(d)), (B, h, N, 77), to maps.
+
+    It is computed once more, since fused attention has no map. The hook changes nothing.
+    """
     x, context = inputs
     q = layer.to_q(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)  # (B, h, N, d)
     k = layer.to_k(context).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
@@ -36,7 +39,10 @@ def keep_map(layer: Attention, inputs: tuple[Tensor, Tensor], out: Tensor, maps:
 
 
 def attention_maps(sd: StableDiffusion, unet: Callable, *inputs: Tensor) -> list[Tensor]:
-    """Returns the map of each cross-attention layer; unet is sd's with any theta."""
+    """Returns the map of each cross-attention layer; unet is sd's with any theta.
+
+    While it is called, the layers of `sd.unet` hold that theta.
+    """
     maps = []
     hook = functools.partial(keep_map, maps=maps)
     layers = [m for name, m in sd.unet.named_modules() if name.endswith("attn2")]

@@ -35,8 +35,9 @@ class Mixture(NamedTuple):
         offsets = x_t[:, None, :, 0, 0] - abar_t.sqrt()[:, :, None] * self.means  # (N, K, D)
 
         dimensions = self.means.shape[1]
-        log_normal = -offsets.square().sum(dim=2) / v - dimensions * (2 * torch.pi * v).log()
-        return (c.log() + log_normal / 2).logsumexp(dim=1)
+        log_scale = dimensions * (2 * torch.pi * v).log() / 2
+        log_normal = -offsets.square().sum(dim=2) / (2 * v) - log_scale  # (N, K)
+        return (c.log() + log_normal).logsumexp(dim=1)
 
     def __call__(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """Returns eps = -sqrt(1 - abar_t) grad log p_t(x_t | c), of x_t's shape."""

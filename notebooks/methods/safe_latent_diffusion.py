@@ -82,6 +82,7 @@ class SafePredictor:
         gamma, self.momentum = safe_direction(
             eps_null, eps_c, eps_s, momentum=self.momentum.to(x_t), safety=self.safety
         )
+        # after delta of 50 steps; with fewer steps, from the same t on
         if t <= ddim.TRAIN_STEPS * (1 - self.safety.delta / 50):
             eps_c = eps_c - gamma
         return ddim.guide(eps_null, eps_c, self.guidance)

@@ -56,7 +56,10 @@ def saliency_mask(
 
 
 def masked_adam(theta: Iterable, lr: float, mask: dict[str, Tensor]) -> torch.optim.Adam:
-    """Returns Adam for (name, weight) pairs; it leaves weights outside the mask alone."""
+    """Returns Adam for (name, weight) pairs; it leaves weights outside the mask alone.
+
+    Where the gradient is always 0, so are Adam's moments. (With weight decay, they'd move.)
+    """
     for name, W in theta:
         W.register_hook(functools.partial(torch.mul, mask[name]))  # on each gradient
     return torch.optim.Adam(theta, lr)

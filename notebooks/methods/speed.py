@@ -56,6 +56,7 @@ def erase(
     Without keep, the empty prompt is kept. seed isn't used: nothing is random.
     """
     C_1, C_s, _ = uce.tokens(sd, concepts, keep)
+    # never the start token, which C_2 has
     kept = [uce.columns(sd, p, first=max(1, uce.last_word(sd, p))) for p in keep or [""]]
     P = null_space(torch.cat(kept, dim=1), threshold)
     empty = uce.columns(sd, "")  # (D, 77)

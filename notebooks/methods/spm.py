@@ -67,6 +67,7 @@ def erase(
             start[name] = W.float()
             up[name] = torch.zeros(len(W), 1, device=W.device)
             row = torch.empty(1, W[0].numel())
+            # as in LoRA: uniform, up to 1 / sqrt(columns)
             down[name] = nn.init.kaiming_uniform_(row, a=5**0.5, generator=rng).to(W.device)
     leaves = [factor.requires_grad_() for factor in (*up.values(), *down.values())]
 

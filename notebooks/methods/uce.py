@@ -40,7 +40,10 @@ def columns(sd: StableDiffusion, prompt: str, first: int = 0) -> Tensor:
 
 
 def last_word(sd: StableDiffusion, prompt: str) -> int:
-    """Returns the place of a prompt's last word; the empty prompt's is the start token."""
+    """Returns the place of a prompt's last token, of a word that is split its last piece.
+
+    Of the empty prompt, it is the start token, as in its code.
+    """
     return len(sd.tokenizer(prompt).input_ids) - 2
 
 
@@ -68,7 +71,7 @@ def tokens(
     )
 
 
-# ---- the edit (eq. 7)
+# ---- the edit (eq. 7; s and lam are its code's)
 
 
 def edited(
@@ -89,7 +92,7 @@ def edited(
 
 
 def keep_weight(keep: Sequence[str]) -> float:
-    """Returns s of eq. 7, smaller the more prompts stay; the empty prompt is one of them."""
+    """Returns s, smaller the more prompts stay; the empty prompt is one of them."""
     return max(0.1, 1 / (1 + len(keep)))
 
 
