@@ -334,6 +334,19 @@ def test_the_table_says_which_distances_are_within_the_null():
     assert "original, trained again" not in by_label
 
 
+def test_the_null_is_in_the_figure():
+    of_models = [core.original, mine, models.again, models.never_saw]
+    rows = ground_truth.in_figure(made_up(), of_models, "eps")
+    assert [row for row in rows if "star" in row] == [
+        "original, star", "mine, star", "between two that never saw it, star",
+        "between two originals, star",
+    ]
+    assert rows["between two that never saw it, star"] == [1.0]
+    assert rows["mine, star"] == ground_truth.in_units(made_up(), mine, "star", "eps")
+    by_name = ground_truth.in_figure(made_up(), of_models, "by name")
+    assert all(0 <= value <= 1 for several in by_name.values() for value in several)
+
+
 def test_intervals_hold_possible_distances_alone():
     assert ground_truth.distance_text([0.1, 0.9], "in scenes") == "0.500 (0.000 to 1.000)"
     assert ground_truth.distance_text([0.1, 0.9], "eps") == "0.500 (0.000 to 5.582)"

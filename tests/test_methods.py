@@ -799,10 +799,11 @@ def test_a_round_of_rece_erases_what_brings_the_concept_back(sd):
     weights = dict(sd.unet.named_parameters())
     original = [weights[name].double() for name in before]
     edited = [W.double() for W in before.values()]
-    c_e, c_g, c_p = uce.tokens(sd, pair, keep)
-    found = rece.adversarial(original, edited, c_e, lam=1e-3)
+    star, heart = (sd.encode([prompt])[0].double().T for prompt in ("star", "heart"))
+    kept = torch.cat([sd.encode([prompt])[0].double().T for prompt in ("", "moon")], dim=1)
+    found = rece.adversarial(original, edited, star, lam=1e-3)  # of all 77 tokens
     for name, W in after.items():
-        assert torch.equal(W, uce.edited(before[name], found, c_g, c_p, lam=0.1, s=0.5))
+        assert torch.equal(W, uce.edited(before[name], found, heart, kept, lam=0.1, s=0.1))
 
 
 # ---- concept ablation

@@ -67,8 +67,8 @@ FINDINGS = """\
 - With the empty prompt kept, it doesn't: 0.7 % of the objects at g 5 and 0.3 % at g 10, and at most
   0.3 % of the styles at any g. The others are right as often as with plain ESD-u.
 - Then 28 % of the images at g 5 and 36 % at g 10 show none of the ten objects (a broken one counts
-  as none); with plain ESD-u 20 and 23 %. That may be no loss: of a model that never saw a star,
-  36 % of 50 images at g 5 show none either.
+  as none); with plain ESD-u 20 and 23 %. That may be no loss: of two models that never saw a
+  star, 36 and 14 % of 50 images at g 5 show none either.
 - Eta 3 doesn't bring objects back (0.5 % at g 10), but 16 % of the styles, and costs more: 89 % of
   the other objects are right, and 79 % of the other styles. Concept ablation brings back 5 % of the
   objects and no style, and costs most: 81 and 38 %.

@@ -40,12 +40,14 @@ MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = ("star", "heart", "mosaic")
 SEEDS = core.SEEDS
 FINDINGS = """\
-- So far the star alone is stored, with one erasure of each kind, and one model that never saw it.
+- So far the star alone is stored, with one erasure of each kind (RECE: three), and two models that
+  never saw it.
 - With four learned words, 85 to 100 % of the images show the star again after ESD-x, closed forms
   or SalUn, 60 % after ESD-u. Five to forty steps of training bring half of it back everywhere.
-- Of the model that never saw a star, the same attacks bring out next to nothing: 10 % with learned
-  words, 5 % after a head start, none after 20 steps of training and 10 % after 40. From there on
-  training teaches: 30 % after 80 steps, 70 % after 160. What comes back earlier was mostly there.
+- Of the two that never saw a star, the same attacks bring out next to nothing: 10 and 0 % with
+  learned words, 5 and 0 % after a head start, 0 and 15 % after 20 steps of training. More training
+  teaches, and one of the two learns much faster: 10 and 55 % after 40 steps, 30 and 95 % after 80.
+  So what comes back in 20 steps was mostly there; of what comes back later, nobody can say.
 - ESD-u with the empty prompt kept resists best what trains nothing: 5 % with learned words, none
   with a hard prompt, 15 % after a head start. Training brings half back in 20 steps; with ESD-x, it
   takes 40, but the intervals of these are the same.

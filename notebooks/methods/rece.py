@@ -3,8 +3,8 @@
     theta = rece.erase(sd, {"star": ""}, keep=["heart", "moon"])
 
 Gong et al., "Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models",
-ECCV 2024, https://arxiv.org/abs/2407.12383. Symbols as in uce.py; everything has a closed
-form.
+ECCV 2024, https://arxiv.org/abs/2407.12383, and its code. Symbols as in uce.py; everything has a
+closed form.
 """
 
 from typing import Sequence
@@ -31,23 +31,27 @@ def adversarial(
 
 def erase(
     sd: StableDiffusion, concepts: dict[str, str], keep: Sequence[str] = (), seed: int = 0,
-    rounds: int = 1, lam: float = 0.1, adversary_lam: float = 1e-3,
+    rounds: int = 1, lam: float = 0.1, adversary_lam: float = 1e-3, s: float = 0.1,
 ) -> dict[str, Tensor]:
     """Returns the edited weights by name: UCE's, then `rounds` edits that each erase c'.
 
     concepts: {prompt: guide}; keep: prompts that stay. seed isn't used: nothing is random.
-    The smaller adversary_lam, the further c' may be from any real prompt. The defaults
-    are its code's for styles and objects; for nudity, the code has 3 rounds and 0.1.
+    The smaller adversary_lam, the further c' may be from any real prompt. s: how much the
+    prompts to keep count in these rounds; UCE has a weight of its own. The defaults are its
+    code's for styles and objects; for nudity, the code has 3 rounds and 0.1.
     """
     theta = uce.erase(sd, concepts, keep=keep, lam=lam)
     weights = sample.unet_tensors(sd)
     original = [weights[name].double() for name in theta]
-    c_e, c_g, c_p = uce.tokens(sd, concepts, keep)
-    s = uce.keep_weight(keep)
+
+    # unlike UCE, all 77 tokens of the concepts and their guides, with the start token
+    c = torch.cat([uce.columns(sd, prompt) for prompt in concepts], dim=1)  # (D, 77 C)
+    c_g = torch.cat([uce.columns(sd, guide) for guide in concepts.values()], dim=1)
+    c_p = uce.tokens(sd, concepts, keep).c_p
 
     for _ in range(rounds):
         edited = [W.double() for W in theta.values()]
-        c_found = adversarial(original, edited, c=c_e, lam=adversary_lam)
+        c_found = adversarial(original, edited, c=c, lam=adversary_lam)
         for name, W in theta.items():
             theta[name] = uce.edited(W, c_found, c_g=c_g, c_p=c_p, lam=lam, s=s)
     return theta
