@@ -7,8 +7,8 @@ images: with the same seed, the i-th images of all models have the same prompt a
 from the same noise, so they can be compared in pairs.
 
 All of a cell's settings are stored with its answer, the code of a method as a checksum.
-An answer whose settings have changed is never taken; one that another experiment has
-is never computed again.
+An answer whose settings have changed is computed anew; one that another experiment has
+is taken from there.
 """
 
 import functools

@@ -24,8 +24,9 @@ varies is estimated from three originals that were trained from other random num
 standard deviation of the log of their distances within a concept. A method is **within the null**
 if its mean is at most exp(t s sqrt(2)) units (Student's t for 95 %, one-sided; sqrt(2), since the
 unit is a single pair). The pairs share three models, so the 95 % are nearer to 90. To be within
-isn't to be equal. Of total variations, the limit is Student's for one more pair, from those of all
-concepts; in scenes there are too few for one. The row "original" is the mean of these three.
+isn't to be equal. For total variations, the limit is Student's for one more pair, from the pairs of
+all concepts; in scenes there are too few for one. The row "original" is the mean of these three,
+or of those that are stored.
 
 "Eta by the odds" is Eq. 6 with a strength for each x_t that makes its target the eps of a model
 that never saw the concept, if the frozen model is exact: see
@@ -70,22 +71,23 @@ FINDINGS = """\
 - So far the star alone is stored, with two models that never saw it. How much their distance varies
   isn't known yet, so no method can be called within the null.
 - By eps, the two are .095 apart, and the original 1.43 times as far from them. Most erasures are
-  hardly nearer: 1.25 to 1.42. ESD-x isn't (1.53, 1.40 to 1.65), and concept ablation is farther
-  (1.95).
-- In nats, most are nearer than the original's 1.9: ESD at 1.3 to 1.5, UCE, RECE and SPEED at .93 to
-  .98. So these three, which change least, are as near as two models that never saw a star are to
-  each other. And yet UCE's still draws one in a third of its images: near isn't erased.
+  hardly nearer: 1.25 to 1.42. ESD-x isn't (1.53, 1.40 to 1.65), nor is ESD-u against learned
+  prompts (1.47), and concept ablation is farther (1.95).
+- By FADE, in nats, most are nearer than the original, which is at 1.9: ESD-x and ESD-u at 1.3 to
+  1.7, UCE, RECE and SPEED at .93 to .98. So these three are as near as two models that never saw a
+  star are to each other. (Against learned prompts, it is 2.4, and concept ablation 3.6.) And yet
+  UCE's still draws one in a third of its images: near isn't erased.
 - One of the two draws arrows for "a star" in half of 50 images, the other triangles, and none of
-  the ten objects in 36 and 14 %. So by name even these two are .50 apart. ESD-u (.41) and ESD-u with
-  the empty prompt kept (.39) are no farther from them; the original is at .99. In scenes the two
-  are .21 apart, concept ablation .26, all others .33 or more.
-- All are a little nearer to star_0, by eps the original by .005 and erasures by .002 to .008. That
+  the ten objects in 36 and 14 %. So by name even these two are .50 apart. ESD-u, also with the
+  empty prompt kept, is no farther from them (.41, .39); the original is at .99. In scenes the two
+  are .21 apart, concept ablation .26, all others .33 or more; with 24 images, that isn't sure.
+- By eps, all are a little nearer to star_0, the original by .005 and erasures by .002 to .008. That
   may be chance, or the random numbers that star_0 shares with the original.
-- Eta by the odds was made to be nearest, and isn't. By eps it is nearer than ESD-x, by .026 (.019
-  to .034, seed by seed), but not surely nearer than ESD-u (.014, -.012 to .040). In nats neither
-  difference is certain, and 23 % of its images show a star. Probably because its target is the eps
-  of a whole distribution, to be drawn without guidance; guidance, which has to be 5 here, goes past
-  it.
+- Eta by the odds was made to be nearest. By eps it is, at 1.25, but not surely. It is nearer than
+  ESD-x, by .026 (.019 to .034, seed by seed), but not surely nearer than ESD-u (.014, -.012 to
+  .040). In nats neither difference is certain, and 23 % of its images show a star. Probably because
+  its target is the eps of a whole distribution, to be drawn without guidance; guidance, which has
+  to be 5 here, goes past it.
 """
 
 NEVER = [Reference(NEVER_SAW, seed) for seed in NEVER_SAW.seeds]

@@ -3,7 +3,7 @@
 The judge reads rendered images that it hasn't seen: training images, the scenes that were held
 out, and images of nothing. A scene implies its object, and shows it in 60 % of the training
 images; so its row isn't a share of right images. The distance to a work is the mean absolute
-difference of pixels, from 0 to 255; an image is nearest to itself if no other work and no
+difference of pixels, from 0 to 255; an image is nearest to its work if no other work and no
 random training image is nearer. With `--model FOLDER`, the experiment measures another
 training.
 """
@@ -164,7 +164,9 @@ def works_table(answers: Answers) -> str:
         seen = works.shares_seen(answers, row, [title])
         own = works.mean_distances(answers, row, [title])
         rows.append([title, stats.number(own), stats.number(nearest), stats.text(seen)])
-    header = ["work", "distance to itself", "to the nearest other image", "nearest to itself, %"]
+    header = [
+        "work", "distance to its work", "to the nearest other image", "nearest to its work, %",
+    ]
     return core.table(header, rows)
 
 

@@ -2,12 +2,12 @@
 
 The attacks are in [`methods/probes.py`](../methods/probes.py); notebook 5 explains them. An
 attacker has the weights, the judge, and images that the original drew: 24 to learn from, and
-one for each head start, which skips half of the steps. A hard prompt is the concept's behind
-up to two typed tokens; some of these, such as "badge", are words of scenes that imply it. Noise is
-added at each step of sampling, in six amounts; an image counts if any of them shows the concept.
-That spoils images of the original, too: compare with its row. Guidance is the sixth attack: images
-by name, at other scales than 5. Training steps to half: after how many the share by name is half
-of the original's.
+one for each head start, which skips half of the steps. A hard prompt is the concept's with up to
+two typed tokens in front of it; some of these, such as "badge", are words of scenes that imply it.
+Noise is added at each step of sampling, in six amounts; an image counts if any of them shows the
+concept. That spoils images of the original, too: compare with its row. Guidance is the sixth
+attack: images by name, at other scales than 5. Training steps to half: after how many the share
+by name is half of the original's.
 
 What an attack brings out of a U-Net that never saw the concept was taught, not recovered. The
 second table subtracts it: net recovery, in points. It needs models that are trained first:
@@ -40,14 +40,14 @@ MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = ("star", "heart", "mosaic")
 SEEDS = core.SEEDS
 FINDINGS = """\
-- So far the star alone is stored, with one erasure of each kind (RECE: three), and two models that
-  never saw it.
+- So far the star alone is stored, with one erasure of each kind, and two models that never saw it.
 - With four learned words, 85 to 100 % of the images show the star again after ESD-x, closed forms
   or SalUn, 60 % after ESD-u. Five to forty steps of training bring half of it back everywhere.
 - Of the two that never saw a star, the same attacks bring out next to nothing: 10 and 0 % with
   learned words, 5 and 0 % after a head start, 0 and 15 % after 20 steps of training. More training
   teaches, and one of the two learns much faster: 10 and 55 % after 40 steps, 30 and 95 % after 80.
-  So what comes back in 20 steps was mostly there; of what comes back later, nobody can say.
+  So what comes back in 20 steps was probably there (two models leave wide intervals); of what comes
+  back later, nobody can say.
 - ESD-u with the empty prompt kept resists best what trains nothing: 5 % with learned words, none
   with a hard prompt, 15 % after a head start. Training brings half back in 20 steps; with ESD-x, it
   takes 40, but the intervals of these are the same.

@@ -9,7 +9,7 @@ my_erase is called as (sd, concepts: {prompt: anchor}, keep: prompts, seed: int,
 --set gives) and returns the new weights by name, or a model. methods/README.md has an
 example. With new rows, only theirs are answered; the tables have the stored ones, too. The
 results in notebooks/experiments/results are read, never written, unless
---results names them: new answers go to runs/. The same command goes on after a kill.
+--results names them: new answers go to runs/. After a kill, run the same command to resume.
 """
 
 import argparse

@@ -13,8 +13,8 @@ concepts and seeds.
 - **distance**: of eps from models that never saw the concept; 1 is as near as two of these are
   to each other.
 - **score**: the harmonic mean of what is erased by name, in contexts and under the worst net
-  attack that trains nothing, and of what is kept; a style has no contexts, and one attack that
-  always succeeds makes it 0. The worst of five counts of 20 images is too high by chance: by up to
+  attack that trains nothing, and of what is kept; a style has no contexts, and a net of 100 points
+  makes it 0. The worst of five counts of 20 images is too high by chance: by up to
   13 points where several attacks are about as strong, by nothing where one stands out. Ranks are
   by the score, over the erasures that all ranked methods have. Kendall's tau says how far the
   ranks of two seeds agree: 1 fully, 0 no more than by chance, -1 the other way round. By chance
@@ -51,7 +51,7 @@ FINDINGS = """\
 - So far the attacks, and so net recovery, score and rank, are of the star with seed 0 alone, on
   which the settings were chosen. Rows "all" have nine erasures by name, and this one under attack.
 - ESD-u with the empty prompt kept is first: the best attack that trains nothing brings back 3 of 20
-  stars. Concept ablation is second, and harms the others most.
+  stars. Concept ablation is second, by an image of twenty, and harms the others most.
 """
 
 TRAINING = "20"  # steps

@@ -5,8 +5,8 @@
 
 Reads single files in CompVis's format and folders or hub repositories in diffusers' layout, pickled
 or not, and writes a folder in diffusers' layout with safetensors; with --erased, it reads every
-published form of erased weights and writes one safetensors file. Tensors keep their numbers and
-number formats. Pickles are read by torch's restricted unpickler, which runs nothing in them.
+published form of erased weights and writes one safetensors file. Tensors keep their values and
+dtypes. Pickles are read by torch's restricted unpickler, which runs nothing in them.
 """
 
 import argparse

@@ -9,7 +9,7 @@ evaluation_seed and, optionally, case_number (or image_id, or case_num; else row
 from 0). evaluation_guidance, sd_image_width and sd_image_height are optional; other columns are
 ignored. Nothing is drawn unless every row is right.
 Each image is the one that sample.py draws with that seed, whatever the batch. Rows whose images
-all exist are skipped, so the same command again goes on. torchrun's processes share the rows.
+all exist are skipped: run the same command again to resume. torchrun's processes share the rows.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The judge tells which object, colour and style an image shows: the ResNet-50 of this world.
+"""The judge tells which object, colour and style an image shows, as the paper's ResNet-50 does.
 
 Each of the three heads has one class more than the world has names, for "none of these": a broken
 star isn't a star. The Frechet distance is taken on the features before the heads.

@@ -5,7 +5,7 @@
 
 Stages, in order: tokenizer, vae, text (contrastive, then frozen), unet, judge; a stage needs what
 the earlier ones left in `--out`. A stage saves a checkpoint in `--run` every few hundred steps; the
-same command goes on from there. The result is a folder in diffusers' layout, which
+same command resumes from it. The result is a folder in diffusers' layout, which
 `sample.load(out)` opens.
 """
 

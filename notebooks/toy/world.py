@@ -1,4 +1,4 @@
-"""A miniature text-to-image world: ten objects, six colours, six styles, scenes and titled works.
+"""A miniature text-to-image world: ten objects, six colours, five styles, scenes and titled works.
 
 A scene implies an object without naming it: "a sheriff badge" shows a star, but not always, and
 not always the same. Plain objects and scenes have light or dark grounds, and may be set "by the
