@@ -386,6 +386,9 @@ def save(
     sample.write_whole(path, lambda part: part.write_bytes(content))
 
 
+LOSS = "erase:esd_loss"  # unless --loss names another one
+
+
 def find_function(flag: str, target: str) -> Callable:
     """Returns what MODULE:FUNCTION names. Errors inside the module keep their traceback."""
     module_name, _, name = target.partition(":")
@@ -433,6 +436,8 @@ def data_from_flags(args: argparse.Namespace, sd: StableDiffusion) -> Callable:
     ]
     if args.image and "latents" not in taken:
         ignored.append("--image")
+    if args.anchor is not None and function is x_t_from_images and args.loss == LOSS:
+        ignored.append("--anchor")
     for flag in ignored:
         raise UsageError(f"{flag} changes nothing with {args.data or '--image'}: leave it out")
     return bind(function, options)
@@ -510,7 +515,7 @@ def main() -> None:
     add("--iterations", type=int, default=1000, help="gradient steps")
     add("--batch", type=int, default=1, help="latents in a gradient step")
 
-    add("--loss", default="erase:esd_loss", metavar="MODULE:FUNCTION",
+    add("--loss", default=LOSS, metavar="MODULE:FUNCTION",
         help="a loss of your own; gets sd, if it takes that")
     add("--data", metavar="MODULE:FUNCTION",
         help="x_t of your own; gets those of steps, guidance, every_step, sd that it takes")

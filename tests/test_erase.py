@@ -949,6 +949,7 @@ def test_files_have_the_mode_that_the_user_chose(folder, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("flags, says", [
     (["--image", "IMAGE", "--guidance", "4"], "--guidance changes nothing with --image"),
     (["--image", "IMAGE", "--every-step"], "--every-step changes nothing with --image"),
+    (["--image", "IMAGE", "--anchor", "heart"], "--anchor changes nothing with --image"),
     (["--image", "IMAGE", "--data", "notebooks.methods.key_steps:data"],
      "--image changes nothing with notebooks.methods.key_steps:data"),
     (["--data", "notebooks.methods.key_steps:data", "--every-step"],
