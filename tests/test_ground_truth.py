@@ -347,6 +347,13 @@ def test_the_null_is_in_the_figure():
     assert all(0 <= value <= 1 for several in by_name.values() for value in several)
 
 
+def test_what_is_seen_instead_is_counted():
+    looks = {"object": letters_of([None, "moon", "arrow", None]), "style": "a" * 4}
+    cell = core.cell_of(models.never_saw, "star", 1, ground_truth.portrait("star"))
+    line = 'never saw it 1: 50 % of its images of "a star" show none of the kind.'
+    assert ground_truth.lines_of_nothing(answers_of((cell, looks))) == [line]
+
+
 def test_intervals_hold_possible_distances_alone():
     assert ground_truth.distance_text([0.1, 0.9], "in scenes") == "0.500 (0.000 to 1.000)"
     assert ground_truth.distance_text([0.1, 0.9], "eps") == "0.500 (0.000 to 5.582)"

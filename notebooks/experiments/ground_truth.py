@@ -395,6 +395,18 @@ def row_of_pairs(answers: Answers, concept: str, several: list[Reference]) -> li
     return [*cells, ""]
 
 
+def lines_of_nothing(answers: Answers) -> list[str]:
+    """Returns how often models that never saw a concept show nothing of its kind instead."""
+    lines = []
+    for concept, never in itertools.product(CONCEPTS, NEVER):
+        seen = counts(answers, never, concept, portrait(concept))
+        if seen:
+            percent = 100 * seen["none"] / seen.total()
+            what = f'its images of "{prompt_of(concept)}" show none of the kind.'
+            lines.append(f"{never.name}: {percent:.0f} % of {what}")
+    return lines
+
+
 def table(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each concept and model, and the null's."""
     rows = []
@@ -421,7 +433,8 @@ def table(answers: Answers, models: list[Model]) -> str:
         header.append(name)
         if name in IN_UNITS:
             header.append("in units of the null")
-    return core.table([*header, "within the null"], rows)
+    table_of_distances = core.table([*header, "within the null"], rows)
+    return "\n\n".join([table_of_distances, *lines_of_nothing(answers)])
 
 
 def in_figure(answers: Answers, models: list[Model], name: str) -> dict[str, list[float]]:
