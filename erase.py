@@ -386,9 +386,6 @@ def save(
     sample.write_whole(path, lambda part: part.write_bytes(content))
 
 
-LOSS = "erase:esd_loss"  # unless --loss names another one
-
-
 def find_function(flag: str, target: str) -> Callable:
     """Returns what MODULE:FUNCTION names. Errors inside the module keep their traceback."""
     module_name, _, name = target.partition(":")
@@ -429,17 +426,14 @@ def data_from_flags(args: argparse.Namespace, sd: StableDiffusion) -> Callable:
 
     defaults = inspect.signature(x_t_from_model).parameters
     taken = inspect.signature(function).parameters
-    flags = {"steps": "--steps", "guidance": "--guidance", "every_step": "--every-step"}
-    ignored = [
-        flag for name, flag in flags.items()
-        if name not in taken and options[name] != defaults[name].default
-    ]
-    if args.image and "latents" not in taken:
-        ignored.append("--image")
-    if args.anchor is not None and function is x_t_from_images and args.loss == LOSS:
-        ignored.append("--anchor")
-    for flag in ignored:
-        raise UsageError(f"{flag} changes nothing with {args.data or '--image'}: leave it out")
+    given = ["latents"] if args.image else []
+    for name in ("steps", "guidance", "every_step"):
+        if options[name] != defaults[name].default:
+            given.append(name)
+    for name in given:
+        if name not in taken:
+            flag = "--image" if name == "latents" else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} changes nothing with {args.data or '--image'}: leave it out")
     return bind(function, options)
 
 
@@ -449,6 +443,8 @@ def check_flags(args: argparse.Namespace, checkpoint: Path) -> None:
         raise UsageError("erase.py is one process: start it without torchrun")
     sample.check_steps_and_seeds(args.steps, [args.seed])
     check_concepts(args.concepts)
+    if args.image and args.anchor is not None and args.loss == "erase:esd_loss":
+        raise UsageError("--anchor changes nothing with --image: leave it out")
     if args.image and len(args.image) != len(args.concepts):
         raise UsageError(f"{len(args.image)} images for {len(args.concepts)} concepts")
     if args.resume and not checkpoint.exists():
@@ -515,7 +511,7 @@ def main() -> None:
     add("--iterations", type=int, default=1000, help="gradient steps")
     add("--batch", type=int, default=1, help="latents in a gradient step")
 
-    add("--loss", default=LOSS, metavar="MODULE:FUNCTION",
+    add("--loss", default="erase:esd_loss", metavar="MODULE:FUNCTION",
         help="a loss of your own; gets sd, if it takes that")
     add("--data", metavar="MODULE:FUNCTION",
         help="x_t of your own; gets those of steps, guidance, every_step, sd that it takes")

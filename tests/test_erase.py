@@ -475,6 +475,19 @@ def test_a_mistake_in_a_module_keeps_its_traceback(tmp_path, monkeypatch):
         erase.find_function("--loss", "imports_nowhere:loss")
 
 
+def test_the_defaults_are_the_papers(monkeypatch):
+    """From Python and from the command line."""
+    paper = {"method": "esd-x", "eta": 1.0, "lr": 1e-5, "iterations": 1000, "batch": 1}
+    drawing = {"steps": 50, "guidance": 3.0, "every_step": False}
+    flags = []
+    monkeypatch.setattr(erase, "run", flags.append)
+    run_main(monkeypatch, "star")
+    for function, expected in ((erase.erase, paper), (erase.x_t_from_model, drawing)):
+        parameters = inspect.signature(function).parameters
+        assert {name: parameters[name].default for name in expected} == expected
+    assert vars(flags[0]).items() >= (paper | drawing).items()
+
+
 def test_drawing_keeps_no_activations_and_the_loss_has_gradients(sd):
     """Else a trajectory of 50 steps would need the memory of 100 training steps."""
     theta = erase.trainable_copies(sd.unet, "esd-x")

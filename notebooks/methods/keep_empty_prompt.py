@@ -7,7 +7,7 @@
 Our variation. Eq. 6 says nothing of eps_theta(x_t, t), and ESD-u moves it, too: images are
 drawn with eps_null + g (eps_c - eps_null), in which the concept can come back as g grows.
 A step has two aims, so take 1.5 times as many steps: on the miniature, 240. What a prompt
-implies without its name isn't erased any better, but worse. Symbols as in erase.py.
+implies without its name is erased less. Symbols as in erase.py.
 """
 
 import functools
