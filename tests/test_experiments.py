@@ -1390,9 +1390,13 @@ def test_figures_show_the_numbers_of_their_tables():
     texts = [each.get_text() for each in drawn.axes[0].texts]
     assert texts[:2] == ["1.  90.0  better", "2.  50.0  worse"]
 
-    drawn = figures.heat_map({"a": {"row": {"x": 12.0, "y": math.nan}, "other": {"x": 0.0}}})
-    assert drawn.axes[0].images[0].get_array().tolist() == [[12, None], [0, None]]
-    assert [each.get_text() for each in drawn.axes[0].texts] == ["12", "0"]
+    panel = {"row": {"x": 12.0, "y": math.nan}, "other": {"x": 0.0}}
+    drawn = figures.heat_map({"a": panel, "b": {"other": {"x": 7.0}}})
+    upper, lower = drawn.axes
+    assert upper.images[0].get_array().tolist() == [[12, None], [0, None]]
+    assert [each.get_text() for each in upper.texts] == ["12", "0"]
+    assert [each.get_text() for each in lower.texts] == ["7"]
+    assert lower.get_position().y1 < upper.get_position().y0
     figures.pyplot.close("all")
 
 

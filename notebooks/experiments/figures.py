@@ -271,17 +271,20 @@ def with_values(panels: dict[str, dict[str, dict[str, float]]]) -> dict:
 
 
 def heat_map(panels: dict[str, dict[str, dict[str, float]]]) -> Figure:
-    """Returns a panel for each title: row -> column -> percent; what is missing is blank."""
+    """Returns a panel for each title: row -> column -> percent; what is missing is blank.
+
+    All panels have the same rows and columns, and are below one another.
+    """
     panels = panels or {NOTHING: {}}
     columns_of = [len(columns) for rows in panels.values() for columns in rows.values()]
     widest = max(columns_of, default=1)
     rows = [*next(iter(panels.values()))]
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(0.75 * widest * len(panels) + 3, 0.4 * len(rows) + 2),
-        squeeze=False, sharey=True, layout="constrained",
+        len(panels), 1, figsize=(0.75 * widest + 3, (0.35 * len(rows) + 0.5) * len(panels) + 1.5),
+        squeeze=False, sharex=True, layout="constrained",
     )
 
-    for axis, (title, panel) in zip(axes[0], panels.items()):
+    for axis, (title, panel) in zip(axes[:, 0], panels.items()):
         columns = [*next(iter(panel.values()), {})]
         values = [[panel.get(row, {}).get(c, float("nan")) for c in columns] for row in rows]
         if columns:
@@ -293,6 +296,6 @@ def heat_map(panels: dict[str, dict[str, dict[str, float]]]) -> Figure:
                     axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour,
                               fontsize=8)
         axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
         axis.set_title(title, fontsize=10)
-    axes[0][0].set_yticks(range(len(rows)), rows, fontsize=8)
     return figure
