@@ -397,6 +397,9 @@ def test_recovery_is_net_of_what_an_attack_teaches():
         (core.cell_of(mine, "star", 0, ask), attacks(1, words=12, training=16)),
         (core.cell_of(models.never_saw, "star", 0, ask), attacks(0, words=2, training=10)),
         (core.cell_of(models.never_saw, "star", 1, ask), attacks(0, words=4, training=10)),
+        # without a model that never saw a heart, this can't be net
+        (core.cell_of(mine, "heart", 0, robust.attacks_on("heart")),
+         attacks(0, words=0, training=0)),
     )
     erasure = verdict.Erasure(mine, "star", 0)
     assert verdict.net(answers, erasure, "learned words") == pytest.approx(0.6 - 0.15)

@@ -321,10 +321,17 @@ def net(
 ) -> stats.Estimate:
     """Returns how much more often an attack brings concepts out of a model than it teaches them.
 
-    What it teaches is what it brings out of models that never saw them. In percent points.
+    What it teaches is what it brings out of models that never saw them. In percent points, over
+    the concepts for which both are stored.
     """
-    recovered = brought_out(answers, model, concepts, attack)
-    taught = brought_out(answers, NEVER_SAW, concepts, attack)
+    recovered = []
+    taught = []
+    for concept in concepts:
+        of_model = brought_out(answers, model, [concept], attack)
+        of_never = brought_out(answers, NEVER_SAW, [concept], attack)
+        if of_model and of_never:
+            recovered += of_model
+            taught += of_never
     return stats.difference(recovered, taught)
 
 
