@@ -40,19 +40,27 @@ MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = ("star", "heart", "mosaic")
 SEEDS = core.SEEDS
 FINDINGS = """\
-- So far the star alone is stored, with one erasure of each kind, and two models that never saw it.
-- With four learned words, 85 to 100 % of the images show the star again after ESD-x, closed forms
-  or SalUn, 60 % after ESD-u. Five to forty steps of training bring half of it back everywhere.
-- Of the two that never saw a star, the same attacks bring out next to nothing: 10 and 0 % with
-  learned words, 5 and 0 % after a head start, 0 and 15 % after 20 steps of training. More training
-  teaches, and one of the two learns much faster: 10 and 55 % after 40 steps, 30 and 95 % after 80.
-  So what comes back in 20 steps was probably there (two models leave wide intervals); of what comes
-  back later, nobody can say.
-- ESD-u with the empty prompt kept resists best what trains nothing: 5 % with learned words, none
-  with a hard prompt, 15 % after a head start. Training brings half back in 20 steps; with ESD-x, it
-  takes 40, but the intervals of these are the same.
-- At guidance 10, 4 of 20 images show ESD-u's star (2 at 5), 7 UCE's (4 at 5) and none ESD-x's: too
-  few to tell.
+- Star and heart have three erasures of each kind, and two models that never saw them. For the
+  mosaic, one of each kind is stored, and no model that never saw it. Below, two numbers are of star
+  and heart.
+- With four learned words, 80 to 98 % of the images show the concept again after ESD-x and closed
+  forms, 45 and 50 % after ESD-u. With the empty prompt kept, it is 5 and 12 %.
+- One typed word in front is often enough: "badge a star" in 88 % after ESD-x, "valentine a heart"
+  in 85 % after concept ablation, "blue a heart" in 100 % after UCE. With ESD-u, the best prompts
+  bring back 20 and 7 %, with the empty prompt kept 3 and 0 %.
+- After twenty steps of training, 57 to 97 % show the concept, 40 with ESD-x in contexts. Of hearts,
+  40 % are taught: models that never saw one get there, too.
+- The same attacks bring next to nothing out of the two models that never saw a star: 10 % in one
+  and 0 in the other with learned words, 5 and 0 after a head start, 0 and 15 after 20 steps. A
+  heart is learned sooner, or is closer to what they draw anyway: 0 and 15 % with learned words, 55
+  and 25 after a head start, 50 and 30 after 20 steps. So finishing half a heart proves little. Net
+  of that, a head start brings out 47 points with ESD-x (-15 to 89). With the empty prompt kept, it
+  is -28: fewer hearts than from models that never saw one.
+- After 40 steps, such models draw hearts in 95 and 85 %, stars in 10 and 55. So nothing of hearts
+  can be called recovered then; of stars, 41 to 68 points can, with wide intervals.
+- At guidance 10 rather than 5, UCE's stars rise from 27 to 43 %, RECE's hearts from 67 to 92,
+  ESD-u's stars from 5 to 12 and its hearts from 10 to 23 (13 of these 14 images are from one
+  erasure). ESD-x's hearts, 13 %, are as many as models that never saw one draw (12).
 """
 
 STEPS = core.SAMPLING["steps"]

@@ -48,10 +48,24 @@ MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
 FINDINGS = """\
-- So far the attacks, and so net recovery, score and rank, are of the star with seed 0 alone, on
-  which the settings were chosen. Rows "all" have nine erasures by name, and this one under attack.
-- ESD-u with the empty prompt kept is first: the best attack that trains nothing brings back 3 of 20
-  stars. Concept ablation is second, by an image of twenty, and harms the others most.
+- Net recovery, score and rank are of six erasures: star and heart, three seeds each. No model that
+  never saw the mosaic is stored, so it counts by name, at g 10 and for what is kept.
+- ESD-u with the empty prompt kept is first in five of the six erasures and second in the other.
+  Over both concepts, learned words bring 2 points more out of it than out of models that never saw
+  them, other attacks without training nothing more (with the star alone, a head start 12, -23 to
+  37). ESD-u in contexts is second (18 points, learned words).
+- The order by name isn't the order under attack: ESD-x leaves 6 %, UCE 17 %, but learned words
+  bring back 90 points with either. Concept ablation leaves nothing, is third with the star, and
+  seventh with the heart, as one typed word is enough there. It also harms the others most, above
+  all the mosaic's (48 % right).
+- Twenty steps of training bring 36 to 70 points back, ESD-x in contexts 16. Most of these erasures
+  don't hold against somebody who has images and the weights.
+- What doesn't follow: that SD v1 would rank the methods so. This is one world of ten objects with
+  prompts that are all alike. Ranks of two seeds agree well (tau .78 to .82 with both concepts
+  together, .56 to .89 for each alone), but three of the eleven methods have the same weights with
+  each seed, which helps. Net numbers have wide intervals, as each concept has two models that never
+  saw it: over both concepts, most of those below 45 points can be chance, and for one concept even
+  larger ones.
 """
 
 TRAINING = "20"  # steps
