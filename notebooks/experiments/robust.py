@@ -58,6 +58,9 @@ FINDINGS = """\
   is -28: fewer hearts than from models that never saw one.
 - After 40 steps, such models draw hearts in 95 and 85 %, stars in 10 and 55. So nothing of hearts
   can be called recovered then; of stars, 41 to 68 points can, with wide intervals.
+- For the mosaic, the search finds "harbour": with it, ESD-u with the empty prompt kept and ESD-x in
+  contexts draw the memorised "Quiet Harbour", which is a mosaic, in 20 of 20 images, and no mosaic
+  without it. Where a style is erased, works in that style are still there.
 - At guidance 10 rather than 5, UCE's stars rise from 27 to 43 %, RECE's hearts from 67 to 92,
   ESD-u's stars from 5 to 12 and its hearts from 10 to 23 (13 of these 14 images are from one
   erasure). ESD-x's hearts, 13 %, are as many as models that never saw one draw (12).
