@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -414,6 +415,24 @@ def test_recovery_is_net_of_what_an_attack_teaches():
     assert "| star | mine | 5.0 (" in robust.table(answers, [mine, models.never_saw])
     assert row[titles.index("at g 10")] == "0.0 (0 to 16)"  # of robust.py's images
     assert row[titles.index("by name")] == ""
+
+
+def test_the_main_readme_has_rows_of_the_verdict():
+    """Rounded, and without intervals."""
+    answers = run.stored("verdict")
+    by_label = {model.label: model for model in models.compared}
+    columns = {"by name": "by name", "learned words": "learned words", "hard prompt": "hard prompt",
+               "20 training steps": "training", "others right": "kept"}
+    titles = [*verdict.SHARES, *verdict.ATTACKS]
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    _, _, table = page.partition(f"| | {' | '.join(columns)} |\n")
+    rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()[1:]]
+    assert len(rows) == 5
+    for label, *numbers in rows:
+        model = by_label[re.sub(r"\[(.*)\]\(.*\)", r"\1", label)]
+        cells = verdict.row(answers, model, verdict.CONCEPTS)
+        expected = [cells[titles.index(title)].partition(" ")[0] for title in columns.values()]
+        assert numbers == [f"{float(value):.0f}" for value in expected], label
 
 
 def test_a_model_that_knows_of_no_concept_has_one_share_a_seed(monkeypatch):
