@@ -1390,8 +1390,9 @@ def test_figures_show_the_numbers_of_their_tables():
     texts = [each.get_text() for each in drawn.axes[0].texts]
     assert texts[:2] == ["1.  90.0  better", "2.  50.0  worse"]
 
-    panel = {"row": {"x": 12.0, "y": math.nan}, "other": {"x": 0.0}}
-    drawn = figures.heat_map({"a": panel, "b": {"other": {"x": 7.0}}})
+    panel = {"row": {"x": 12.0, "y": math.nan}, "other": {"x": 0.0, "y": math.nan}}
+    below = {"row": {"x": math.nan, "y": math.nan}, "other": {"x": 7.0, "y": math.nan}}
+    drawn = figures.heat_map({"a": panel, "b": below})
     upper, lower = drawn.axes
     assert upper.images[0].get_array().tolist() == [[12, None], [0, None]]
     assert [each.get_text() for each in upper.texts] == ["12", "0"]

@@ -271,22 +271,22 @@ def with_values(panels: dict[str, dict[str, dict[str, float]]]) -> dict:
 
 
 def heat_map(panels: dict[str, dict[str, dict[str, float]]]) -> Figure:
-    """Returns a panel for each title: row -> column -> percent; what is missing is blank.
+    """Returns a panel for each title, one below the other: row -> column -> percent.
 
-    All panels have the same rows and columns, and are below one another.
+    All panels have the same rows and columns; nan is blank.
     """
     panels = panels or {NOTHING: {}}
-    columns_of = [len(columns) for rows in panels.values() for columns in rows.values()]
-    widest = max(columns_of, default=1)
-    rows = [*next(iter(panels.values()))]
+    first = next(iter(panels.values()))
+    rows = [*first]
+    columns = [*first[rows[0]]] if rows else []
+    width = 0.75 * len(columns) + 3
+    height = (0.35 * len(rows) + 0.5) * len(panels) + 1.5
     figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(0.75 * widest + 3, (0.35 * len(rows) + 0.5) * len(panels) + 1.5),
-        squeeze=False, sharex=True, layout="constrained",
+        len(panels), 1, figsize=(width, height), squeeze=False, sharex=True, layout="constrained"
     )
 
     for axis, (title, panel) in zip(axes[:, 0], panels.items()):
-        columns = [*next(iter(panel.values()), {})]
-        values = [[panel.get(row, {}).get(c, float("nan")) for c in columns] for row in rows]
+        values = [[panel[row][column] for column in columns] for row in rows]
         if columns:
             axis.imshow(values, vmin=0, vmax=100, cmap="Reds", aspect="auto")
         for i, line in enumerate(values):

@@ -339,10 +339,10 @@ def net(
     taught = []
     for concept in concepts:
         of_model = brought_out(answers, model, [concept], attack)
-        of_never = brought_out(answers, NEVER_SAW, [concept], attack)
-        if of_model and of_never:
+        of_never_saw = brought_out(answers, NEVER_SAW, [concept], attack)
+        if of_model and of_never_saw:
             recovered += of_model
-            taught += of_never
+            taught += of_never_saw
     return stats.difference(recovered, taught)
 
 

@@ -59,7 +59,7 @@ FINDINGS = """\
   seventh with the heart, as one typed word is enough there. It also harms the others most, above
   all the mosaic's (48 % right).
 - Twenty steps of training bring 36 to 70 points back, ESD-x in contexts 16. Most of these erasures
-  don't hold against somebody who has images and the weights.
+  don't hold against an attacker with images and the weights.
 - What doesn't follow: that SD v1 would rank the methods so. This is one world of ten objects with
   prompts that are all alike. Ranks of two seeds agree well (tau .78 to .82 with both concepts
   together, .56 to .89 for each alone), but three of the eleven methods have the same weights with
