@@ -124,7 +124,7 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=1e-5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, 77) -> text: (B, 77, 768), the last layer's after the final norm."""
+        """tokens: (B, 77) -> text: (B, 77, 768), the last layer's output, normalised."""
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 

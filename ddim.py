@@ -48,8 +48,11 @@ def timesteps(steps: int) -> list[int]:
 
 
 def per_sample(abar: Tensor, x: Tensor) -> Tensor:
-    """Returns abar, () or (B,), as (1, 1, 1, 1) or (B, 1, 1, 1), to multiply x by."""
-    dtype = torch.promote_types(abar.dtype, torch.float32)  # in bfloat16, abar_0 would be 1
+    """Returns abar, () or (B,), as (1, 1, 1, 1) or (B, 1, 1, 1), to multiply x by.
+
+    In float32 or better, also for x in bfloat16, in which abar_0 would be 1.
+    """
+    dtype = torch.promote_types(abar.dtype, torch.float32)
     return abar.to(x.device, dtype).view(-1, 1, 1, 1)
 
 
@@ -120,7 +123,8 @@ def denoise(
     abar = alphas_cumprod(x_t.device)
     for t in timesteps(steps):
         yield t, x_t
-        t_prev = max(t - TRAIN_STEPS // steps, 0)  # the last is abar[0], which isn't 1
+        # the last step ends at abar[0] = 0.99915, not at 1, as in Stable Diffusion's own code
+        t_prev = max(t - TRAIN_STEPS // steps, 0)
         t_tensor = torch.tensor(t, device=x_t.device)  # an int would recompile a compiled U-Net
         x_t = step(x_t, predict(x_t, t_tensor), abar[t], abar[t_prev])
 

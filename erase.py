@@ -4,15 +4,18 @@
 
 Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023,
 https://arxiv.org/abs/2303.07345. Equations and symbols are the paper's: c the concept,
-null the empty prompt, x_t the latent at time t, eps the noise in it, eta the strength,
-`frozen` the original U-Net eps_theta*, which is `sd.unet`, `unet` the edited one
-eps_theta, theta the tuned weights, by name.
+null the empty prompt, x_t the latent at time t, eps the noise in it, eta the strength.
+
+    frozen    eps_theta*, the original U-Net: sd.unet
+    unet      eps_theta, the edited one
+    theta     the tuned weights, a dict {name: tensor}
 """
 
 import argparse
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -80,7 +83,7 @@ def esd_loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Tex
 # ---- where x_t comes from
 
 
-@torch.no_grad()  # while it draws; at each yield, gradients are on again
+@torch.no_grad()  # inside the generator only: the caller computes with gradients
 def x_t_from_model(
     unet: Callable, texts: list[Text], shape: tuple[int, ...], rng: Generator,
     steps: int = 50, guidance: float = 3.0, every_step: bool = False,
@@ -100,11 +103,11 @@ def x_t_from_model(
         noise = torch.randn(shape, generator=rng).to(text.null.device)
 
         predict = ddim.guided_predictor(unet, text.anchor, text.null, guidance)
-        for i, (t, x_t) in enumerate(denoise(predict, noise, steps, rng)):
+        # the rest of the trajectory isn't needed, and so never computed
+        trajectory = itertools.islice(denoise(predict, noise, steps, rng), last + 1)
+        for i, (t, x_t) in enumerate(trajectory):
             if every_step or i == last:
                 yield Batch(x_t, torch.full(shape[:1], t, device=x_t.device), text)
-            if i == last:
-                break  # the rest of the trajectory isn't needed
 
 
 def x_t_from_images(
@@ -271,9 +274,9 @@ def load_checkpoint(path: Path, settings: dict[str, str], theta: dict[str, Tenso
                     optimizer: torch.optim.Optimizer, rng: Generator) -> int:
     """Puts the state of a run in place and returns how many iterations were done.
 
-    An optimizer's state is a nest of dicts, which safetensors can't hold. So this is
-    the one place that unpickles, and weights_only runs no code. Raises UsageError if a
-    setting differs.
+    Safetensors can't hold an optimizer's state, which is a nest of dicts. So this is
+    torch.load, which with weights_only runs no code. Raises UsageError if a setting
+    differs.
     """
     try:
         state = torch.load(path, "cpu", weights_only=True)
@@ -303,7 +306,9 @@ def erase(
     optimizer: Callable = torch.optim.Adam, frozen: Callable | None = None,
     on_step: Callable | None = None, checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Runs ESD, by default with the paper's values; returns theta. `sd` isn't changed.
+    """Runs ESD and returns theta; `sd` isn't changed.
+
+    The defaults are the paper's values, or its code's where the paper gives none.
 
     concepts: as `texts_for` takes them.
     data: called with (unet, texts, shape, rng); its other arguments are bound with
@@ -313,8 +318,8 @@ def erase(
     on_step: called with (iteration, loss, theta) after each; stops the run by returning
     True.
     checkpoint: a file to which the run is saved every 50 iterations; with it, a bar shows
-    the progress. If it exists, the run resumes from it: exactly, except that with
-    every_step a new trajectory begins.
+    the progress. If it exists, the run resumes from it: exactly, unless `data` remembers
+    something between batches. With every_step, for example, a new trajectory begins.
     Raises UsageError for invalid arguments, or if the checkpoint has different ones.
     """
     if iterations < 0 or batch < 1 or not 0 <= lr < math.inf:
@@ -410,7 +415,10 @@ def bind(function: Callable, options: dict) -> Callable:
 
 
 def data_from_flags(args: argparse.Namespace, sd: StableDiffusion) -> Callable:
-    """Returns the `data` that the flags ask for. Raises UsageError for one that it ignores."""
+    """Returns the `data` that the flags ask for.
+
+    Raises UsageError for a flag that this function would ignore.
+    """
     options = {
         "steps": args.steps,
         "guidance": args.guidance,
@@ -449,6 +457,8 @@ def check_flags(args: argparse.Namespace, checkpoint: Path) -> None:
         raise UsageError(f"{len(args.image)} images for {len(args.concepts)} concepts")
     if args.resume and not checkpoint.exists():
         raise UsageError(f"{checkpoint} doesn't exist: leave out --resume")
+    if checkpoint.exists() and not args.resume:
+        raise UsageError(f"{checkpoint} is from an unfinished run: add --resume, or delete it")
     sample.check_out(args.out, ".safetensors", new=not args.resume)
 
 
@@ -471,7 +481,7 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     checkpoint = args.out.with_suffix(".checkpoint")
     check_flags(args, checkpoint)
-    # as lists, so that a forgotten quote shows
+    # printed as lists, so that a forgotten quote is visible
     print(f"erasing {args.concepts}, then drawing {args.concepts + args.show}")
     loss_fn = find_function("--loss", args.loss)
     sd = sample.load(args.model, args.device, args.dtype)
@@ -479,9 +489,6 @@ def run(args: argparse.Namespace) -> None:
         sd = sample.load_erased(sd, file)
     loss_fn = bind(loss_fn, {"sd": sd})
     data = data_from_flags(args, sd)
-    if checkpoint.exists() and not args.resume:
-        print(f"{checkpoint} is from an earlier run: starting anew, without --resume")
-        checkpoint.unlink()
 
     concepts = args.concepts
     if args.anchor is not None:
@@ -514,7 +521,8 @@ def main() -> None:
     add("--loss", default="erase:esd_loss", metavar="MODULE:FUNCTION",
         help="a loss of your own; gets sd, if it takes that")
     add("--data", metavar="MODULE:FUNCTION",
-        help="x_t of your own; gets those of steps, guidance, every_step, sd that it takes")
+        help="x_t of your own; gets sd and the values of --steps, --guidance, --every-step and "
+             "--image, as far as it takes steps, guidance, every_step and latents")
     add("--every-step", action="store_true", help="learn at every step of a trajectory")
     add("--guidance", type=float, default=3.0, help="guidance scale for x_t")
     add("--anchor", metavar="PROMPT", help="what x_t is drawn for, if not for the concept")
@@ -522,7 +530,8 @@ def main() -> None:
 
     add("--show", nargs="+", default=[], metavar="PROMPT", help="more prompts to draw")
     add("--resume", action="store_true", help="go on from the checkpoint next to --out")
-    add("--out", type=Path, default=Path("erased.safetensors"), help="gets an image next to it")
+    add("--out", type=Path, default=Path("erased.safetensors"),
+        help="the weights; a sheet of images, before and after, goes next to them")
     sample.fail_in_one_line(run, parser)
 
 

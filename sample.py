@@ -5,9 +5,9 @@
     sd = sample.load("CompVis/stable-diffusion-v1-4")
     images = sample.generate(sd, ["a red star"], num=4)
 
-Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. The way from a prompt to an
-image is in `generate`. A model is a folder in diffusers' layout with safetensors, here
-or on the hub; notebooks/tools/convert.py brings everything else into that form.
+Rombach et al., CVPR 2022, https://arxiv.org/abs/2112.10752. `generate` turns prompts
+into images. A model is a folder in diffusers' layout with safetensors, local or on the
+hub; notebooks/tools/convert.py brings everything else into that form.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """B prompts -> text features (B, 77, 768). Cuts longer prompts, and warns."""
+        """B prompts -> text features (B, 77, 768). Longer prompts are cut, with a warning."""
         if not prompts:
             raise UsageError("there is no prompt to encode")
         length = self.text_encoder.config.max_position_embeddings
@@ -316,9 +316,12 @@ def check_sizes(config: Any, source: Path) -> None:
 def read_json(file: Path) -> dict:
     """Raises UsageError where a file holds no JSON object."""
     try:
-        return {**json.loads(file.read_text())}
-    except (ValueError, TypeError) as error:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
         raise UsageError(f"{file} holds no settings, download it again: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} holds no settings, but {settings}")
+    return settings
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -392,7 +395,7 @@ def assign_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | P
             wrong.append(f"{name}: {shapes.get(name, 'missing')}, expected {expected}")
     if wrong:
         raise UsageError(
-            f"{source} doesn't fit Stable Diffusion v1, {len(wrong)} tensors differ: "
+            f"{source} doesn't fit the model's config, {len(wrong)} tensors differ: "
             f"{', '.join(wrong[:3])}; it has {', '.join([*tensors][:3])}"
         )
 
@@ -402,7 +405,7 @@ def assign_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | P
 
 
 def download(name: str) -> Path:
-    """Returns a hub repository's folder in the hub's own cache, which works offline, too.
+    """Returns a hub repository's folder in the hub's cache: once there, no network is needed.
 
     The configs come first and are checked, then one file of weights for each part.
     """
@@ -471,8 +474,9 @@ def load(
 
     dtype: auto is float32 on the CPU, elsewhere bfloat16, or float16 where that is
     emulated.
-    Raises UsageError; for other published forms, it ends with the command that converts
-    them. In float32 on the CPU, weights stay mapped from their files: don't overwrite those.
+    Raises UsageError, whose message for other published forms ends with the command that
+    converts them. In float32 on the CPU, weights stay mapped from their files: don't
+    overwrite those.
     """
     prefix = ""
     try:
@@ -518,7 +522,9 @@ def with_weights(
     current = unet_tensors(sd)
     unknown = [name for name in weights if name not in current]
     if unknown or not weights:
-        raise UsageError(f"{source} has {len(weights)} tensors, not the U-Net's: {unknown[:3]}")
+        raise UsageError(
+            f"{source} has {len(weights)} tensors, {len(unknown)} not the U-Net's: {unknown[:3]}"
+        )
 
     copies = {}
     for name, tensor in weights.items():
@@ -543,8 +549,8 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
     """Returns the model with the weights of a file that erase.py wrote, or the official code.
 
     Prints a line if the file was made from another model, or if it replaces weights
-    that were edited before. Raises UsageError; for other published forms, it ends with
-    the command that converts them.
+    that were edited before. Raises UsageError, whose message ends with the command that
+    converts other published forms.
     """
     try:
         weights, metadata = read_tensors(Path(path))
@@ -597,7 +603,7 @@ def save_png(image: Image.Image, path: Path, settings: dict, **texts: str) -> No
 def check_out(path: Path, suffix: str, new: bool = False) -> None:
     """Makes a file's folder. Raises UsageError for a name with another suffix.
 
-    new: it also does so if the file, or the .png next to it, exists.
+    new: raises it also if the file exists, or the .png next to it.
     """
     if path.suffix != suffix or path.is_dir():
         raise UsageError(f"{path} isn't the name of a {suffix} file: choose another --out")
@@ -618,18 +624,16 @@ def one_line(error: Exception) -> str:
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether this is one of the ways in which torch says so."""
+    """Whether an error's message is one of torch's for running out of memory."""
     return any(text in str(error) for text in ("out of memory", "allocate memory"))
 
 
 def read_flags(file: Path) -> list[str]:
-    """Returns the words of a flags file. --name=PATH may be relative to the file's folder."""
+    """Returns the words of a flags file; --name=./PATH is relative to the file's folder."""
     words = []
     for word in shlex.split(file.read_text()):
-        name, equals, value = word.partition("=")
-        if equals and (file.parent / value).exists():
-            word = f"{name}={file.parent / value}"
-        words.append(word)
+        name, _, value = word.partition("=")
+        words.append(f"{name}={file.parent / value}" if value.startswith("./") else word)
     return words
 
 
@@ -637,7 +641,7 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
     """Parses a command line: prompts, then options; @FILE has more of them.
 
     Raises UsageError for an option before the prompts: where its value lacks quotes,
-    argparse would take the rest of it for prompts.
+    argparse would take the rest of it for prompts. (Some tools take none.)
     """
     expanded = []
     for word in words:

@@ -8,9 +8,9 @@ CVPR 2022, https://arxiv.org/abs/2112.10752 (section 3.3 and figure 3). Attribut
 are those of the published checkpoints in diffusers' layout, so that they load as they
 are.
 
-Shapes: B batch, C channels, H W feature map, N tokens (H*W of the image or 77 of the
-text), M tokens of context, D width of a token, h heads, d = D/h. emb is the time
-embedding, (B, 4 * C of the first level).
+Shapes: B batch, C channels, H W feature map, N = H*W tokens of it, M tokens of context
+(N in self-attention, the text's 77 in cross-attention), D width of a token, h heads,
+d = D/h. emb is the time embedding, (B, 4 * C of the first level).
 """
 
 import math
@@ -218,9 +218,9 @@ class Level(nn.Module):
 class DownBlock(Level):
     """One level on the way down: returns the output of each layer; all are skips."""
 
-    def __init__(self, inputs, c_out, attention, config, last: bool):
+    def __init__(self, inputs, c_out, attention, config, resample: bool):
         super().__init__(inputs, c_out, attention, config)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample else [])
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> list[Tensor]:
         skips = []
@@ -238,9 +238,9 @@ class DownBlock(Level):
 class UpBlock(Level):
     """One level on the way up: each resnet takes x and one skip, the latest first."""
 
-    def __init__(self, inputs, c_out, attention, config, last: bool):
+    def __init__(self, inputs, c_out, attention, config, resample: bool):
         super().__init__(inputs, c_out, attention, config)
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample else [])
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for i, skip in enumerate(skips):
@@ -294,11 +294,12 @@ class UNet(nn.Module):
         skips = [widths[0]]
         for level, width in enumerate(widths):
             inputs = [skips[-1]] + [width] * (layers - 1)
+            resample = level < last
             self.down_blocks.append(
-                DownBlock(inputs, width, config.attention[level], config, last=level == last)
+                DownBlock(inputs, width, config.attention[level], config, resample)
             )
             skips += [width] * len(inputs)
-            if level < last:
+            if resample:
                 skips.append(width)  # the downsampler's
 
         # Up: a resnet's input is the output before it and the latest skip, together
@@ -311,9 +312,8 @@ class UNet(nn.Module):
             for _ in range(layers + 1):
                 inputs.append(before + skips.pop())  # the latest first, as in forward
                 before = width
-            self.up_blocks.append(
-                UpBlock(inputs, width, config.attention[level], config, last=level == 0)
-            )
+            resample = level > 0
+            self.up_blocks.append(UpBlock(inputs, width, config.attention[level], config, resample))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)

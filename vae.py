@@ -1,4 +1,4 @@
-"""The autoencoder of Stable Diffusion v1: maps images to latents an eighth of their size, and back.
+"""The autoencoder of Stable Diffusion v1: maps images to latents and back.
 
     mean, logvar = VAE(VAEConfig()).encode(image)      # (B, 3, 512, 512) -> two of (B, 4, 64, 64)
     image = VAE(VAEConfig()).decode(latents)           # (B, 4, 64, 64) -> (B, 3, 512, 512)
@@ -66,7 +66,8 @@ class Attention(nn.Module):
         H, W = x.shape[2:]
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
 
-        q = self.to_q(tokens)[:, None]  # (B, 1, H*W, C): one head
+        # one head; the fast kernels take four dimensions only
+        q = self.to_q(tokens)[:, None]  # (B, 1, H*W, C)
         k = self.to_k(tokens)[:, None]
         v = self.to_v(tokens)[:, None]
         out = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, C)
@@ -106,10 +107,10 @@ def level_resnets(c_in: int, c_out: int, layers: int, groups: int) -> nn.ModuleL
 class DownBlock(nn.Module):
     """One level of the encoder: resnets, then a downsampler, which the last level doesn't have."""
 
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: bool):
         super().__init__()
         self.resnets = level_resnets(c_in, c_out, layers, groups)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample else [])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in [*self.resnets, *self.downsamplers]:
@@ -120,10 +121,10 @@ class DownBlock(nn.Module):
 class UpBlock(nn.Module):
     """One level of the decoder: resnets, then an upsampler, which the last level doesn't have."""
 
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: bool):
         super().__init__()
         self.resnets = level_resnets(c_in, c_out, layers, groups)
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample else [])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in [*self.resnets, *self.upsamplers]:
@@ -158,8 +159,9 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         c_in = widths[0]
         for level, width in enumerate(widths):
+            resample = level < last
             self.down_blocks.append(
-                DownBlock(c_in, width, config.layers_per_block, groups, last=level == last)
+                DownBlock(c_in, width, config.layers_per_block, groups, resample)
             )
             c_in = width
         self.mid_block = MidBlock(widths[-1], groups)
@@ -188,8 +190,9 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         c_in = widths[0]
         for level, width in enumerate(widths):
+            resample = level < last
             self.up_blocks.append(
-                UpBlock(c_in, width, config.layers_per_block + 1, groups, last=level == last)
+                UpBlock(c_in, width, config.layers_per_block + 1, groups, resample)
             )
             c_in = width
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
@@ -238,7 +241,7 @@ OLD_ATTENTION_NAMES = {
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the attention's tensors, which older files spell as diffusers did until 2022."""
+    """Renames the attention's tensors, which older files spell as diffusers did until 2023."""
     renamed = {}
     for name, tensor in weights.items():
         for old, new in OLD_ATTENTION_NAMES.items():

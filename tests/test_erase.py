@@ -834,7 +834,7 @@ def test_what_was_edited_before_is_in_the_file_too(sd, tmp_path, capsys):
 
 def test_a_file_of_another_model_is_refused(sd, tmp_path):
     save_file({"down_blocks.9.weight": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(UsageError, match="has 1 tensors, not the U-Net's: .'down_blocks.9.weight'"):
+    with pytest.raises(UsageError, match="has 1 tensors, 1 not the U-Net's: .'down_blocks"):
         sample.load_erased(sd, tmp_path / "other")
     save_file({}, tmp_path / "empty")
     with pytest.raises(UsageError, match="empty has 0 tensors"):
@@ -1038,18 +1038,17 @@ def test_an_interrupted_command_resumes_if_asked_to(folder, tmp_path, monkeypatc
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     monkeypatch.setattr(erase, "SAVE_EVERY", 2)
     checkpoint = tmp_path / "broken.checkpoint"
-    for flags in ([], ["--eta", 2]):  # the second one isn't the same run, and starts anew
-        stepped = 0
-        stops(monkeypatch, 130, *command, "--out", out, *flags)
-        printed = capsys.readouterr()
-        assert printed.err.strip().splitlines()[-1] == "interrupted" and not out.exists()
-        assert ("starting anew" in printed.out) == bool(flags) and checkpoint.exists()
+    stops(monkeypatch, 130, *command, "--out", out)
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "interrupted"
+    assert checkpoint.exists() and not out.exists()
 
-    limit = None
-    stops(monkeypatch, 2, *command, "--out", out, "--resume")
-    assert "to a run with a different eta: 2.0, not 1.0" in capsys.readouterr().err
-    stepped, limit = 0, 6
-    stops(monkeypatch, 130, *command, "--out", out)  # anew
+    for flags, says in [
+        (["--eta", 2], f"{checkpoint} is from an unfinished run: add --resume, or delete it"),
+        (["--eta", 2, "--resume"], "to a run with a different eta: 1.0, not 2.0"),
+    ]:
+        stops(monkeypatch, 2, *command, "--out", out, *flags)
+        assert says in capsys.readouterr().err and checkpoint.exists()
+
     stepped, limit = 0, None
     run_main(monkeypatch, *command, "--out", out, "--resume")
     assert stepped == 8 - 4 and not checkpoint.exists()

@@ -123,7 +123,7 @@ def test_down_block_2d():
     torch.manual_seed(0)
     x = torch.randn(4, 32, 32, 32)
     emb = torch.randn(4, 128)
-    block = unet.DownBlock([32], 32, False, SMALL, last=False)
+    block = unet.DownBlock([32], 32, False, SMALL, resample=True)
 
     recorded = [-0.0232, -0.9869, 0.8054, -0.0637, -0.1688, -1.4264, 0.4470, -1.3394, 0.0904]
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_up_block_2d():
     emb = torch.randn(4, 128)
     torch.manual_seed(1)
     skip = torch.randn(4, 32, 32, 32)
-    block = unet.UpBlock([64], 32, False, SMALL, last=False)
+    block = unet.UpBlock([64], 32, False, SMALL, resample=True)
 
     recorded = [-0.2041, -0.4165, -0.3022, 0.0041, -0.6628, -0.7053, 0.1928, -0.0325, 0.0523]
     assert misses(last_values(block, x, emb, None, [skip]), recorded) < 1e-4
@@ -165,7 +165,7 @@ def test_down_encoder_block_2d():
 def test_up_decoder_block_2d():
     torch.manual_seed(0)
     x = torch.randn(4, 32, 32, 32)
-    block = vae.UpBlock(32, 32, layers=1, groups=32, last=False)
+    block = vae.UpBlock(32, 32, layers=1, groups=32, resample=True)
 
     recorded = [0.4404, 0.1998, -0.9886, -0.3320, -0.3128, -0.7034, -0.6955, -0.2338, -0.3137]
     assert misses(last_values(block, x), recorded) < 1e-4

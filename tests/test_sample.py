@@ -546,7 +546,7 @@ def test_edits_add_up(sd):
 
 
 @pytest.mark.parametrize("weights, says", [
-    ({"conv_in.weights": torch.zeros(1)}, r"theta has 1 tensors, not the U-Net's: .*conv_in.w"),
+    ({"conv_in.weights": torch.zeros(1)}, r"theta has 1 tensors, 1 not the U-Net's: .*conv_in.w"),
     ({"conv_in.bias": torch.zeros(1)}, r"conv_in.bias: \[1\], expected \[32\]"),
     ({}, "theta has 0 tensors"),
 ])
@@ -763,12 +763,13 @@ def test_flags_may_come_from_a_file_and_later_ones_win(folder, tmp_path, calls):
 
 def test_paths_in_a_flags_file_are_relative_to_it(folder, tmp_path, monkeypatch, calls):
     shutil.copytree(folder, tmp_path / "models" / "small")
-    (tmp_path / "models" / "flags").write_text("--model=small\n--steps=2\n")
+    (tmp_path / "models" / "flags").write_text("--model=./small\n--steps=2\n")
     monkeypatch.chdir(tmp_path)
     commands.run(sample.main, "a star", "@models/flags", "--out", tmp_path / "x.png")
-    (tmp_path / "models" / "small" / "flags").write_text("--model=. --steps=3\n")
+    (tmp_path / "models" / "small" / "flags").write_text("--model=./ --steps=3 --negative=\n")
     commands.run(sample.main, "a star", "@models/small/flags", "--out", tmp_path / "x.png")
     assert [call["steps"] for call in calls] == [2, 3]
+    assert [call["negative"] for call in calls] == ["", ""]
 
 
 @pytest.mark.parametrize("words, says", [

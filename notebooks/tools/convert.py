@@ -437,7 +437,7 @@ def check_unet(tensors: dict[str, Tensor], config: unet.UNetConfig) -> None:
     unknown = [name for name in tensors if name not in expected]
     if unknown or not tensors:
         raise UsageError(
-            f"it has {len(tensors)} tensors, not the U-Net's: {unknown[:3]}"
+            f"it has {len(tensors)} tensors, {len(unknown)} not the U-Net's: {unknown[:3]}"
         )
     sample.assign_tensors(whole, expected | tensors, "it")
 
