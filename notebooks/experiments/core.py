@@ -2,9 +2,9 @@
 
 An experiment (objects.py is a short one) has models, concepts and asks. `grid` makes a
 cell of each combination, for each seed; `run.py` answers the cells that aren't stored,
-and gives `Answers` to the experiment's table. A seed is one of the erasure and of the
-images: with the same seed, the i-th images of all models have the same prompt and start
-from the same noise, so they can be compared in pairs.
+and gives `Answers` to the experiment's table. One seed is that of an erasure and
+of its images: with the same seed, the i-th images of all models have the same prompt
+and start from the same noise, so they can be compared in pairs.
 
 All of a cell's settings are stored with its answer, the code of a method as a checksum.
 An answer whose settings have changed is computed anew; one that another experiment has
@@ -199,7 +199,7 @@ class Ask(NamedTuple):
     name: str
     questions: Callable[[], list[Question]] | None = None
     answer: Callable[["Context", StableDiffusion, "Cell"], dict] = look
-    # functions whose code the answer depends on; of methods/, all code of their files
+    # functions whose code the answer depends on; for one of methods/, its whole file counts
     uses: tuple[Callable, ...] = ()
     about: str = ""  # the concept, where the model itself may know of none
     against: "Reference | None" = None  # the model that it is compared with
@@ -331,8 +331,8 @@ class Answers:
     ) -> list[bool]:
         """Returns image by image whether what was asked for is seen.
 
-        own: only where the prompt asks for one of the concepts; else only where it asks
-        for none of them, and of none that is erased together with them, under any head.
+        own: only of prompts that ask for one of the concepts; else only of prompts that
+        ask for nothing erased, neither as an object nor as a style or a colour.
         """
         concepts = as_tuple(concepts)
         erased = {*concepts, *model.together}

@@ -4,13 +4,14 @@ Each method is a short file in [`methods/`](../methods), with its equation next 
 UA, IRA and CRA are [UnlearnCanvas'](https://arxiv.org/abs/2402.11846) measures: how often the
 concept isn't seen where it is asked for, how often the rest of its kind is right, and how
 often another kind is right, without prompts that name the concept. H is the harmonic mean of
-the three, with the concept asked for by its name, and the rank is by H: one image of twenty
-moves H by almost two points. In contexts the concept is asked for with a colour or a style; in
-scenes, the held-out prompts imply it. p is McNemar's test of UA by name against ESD-x, on images
-from the same seeds: it compares these three erasures of each, not the methods. Of the seven hearts
-that ESD-x leaves, five come from one erasure, and the four methods that leave none have p = .016.
-Of 42 such tests, two are below 0.05 by chance. UCE, RECE and SPEED make the same weights with every
-seed, so their intervals are over images alone.
+the three, with the concept asked for by its name, and the rank is by H, over the erasures that
+are stored of each: one image of twenty moves one erasure's H by almost two points. In contexts the
+concept is asked for with a colour or a style; in scenes, the held-out prompts imply it. p is
+McNemar's test of UA by name against ESD-x, on images from the same seeds: it compares these three
+erasures of each, not the methods. Of the seven hearts that ESD-x leaves, five come from one
+erasure, and the four methods that leave none have p = .016. Of 42 such tests, about two would be
+below 0.05 by chance. UCE, RECE and SPEED make the same weights with every seed: their intervals
+are over three sets of images, and say nothing of other erasures.
 
 UCE, RECE, SPEED, SalUn and ESD against learned prompts are told to keep the names of all other
 objects and styles, which IRA and CRA ask for; the others are told nothing. Seconds are for one
@@ -64,7 +65,8 @@ FINDINGS = """\
   it. RECE leaves most of the hearts, many more than UCE, on which it builds.
 - One erasure can mislead: one of three ESD-u leaves the heart in 55 % of the images, the other two
   in none.
-- The settings were chosen on the star with seed 0, which is in this table: its rows flatter.
+- The settings were chosen on the star with seed 0, which is in this table: the star's rows are
+  optimistic.
 """
 
 

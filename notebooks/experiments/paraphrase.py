@@ -60,10 +60,11 @@ def table(answers: Answers, models: list[Model]) -> str:
     for label, group in [*((c, [c]) for c in concepts), ("**all**", concepts)]:
         for model in models:
             cells = [stats.text(answers.count(model, group, column)) for column in COLUMNS]
-            rows.append([label, model.label, *cells, PAPER.get(model.label, "")])
+            rows.append([label, model.label, *cells])
+    for label, images in PAPER.items():
+        rows.append(["*paper, 5.6: Eiffel Tower*", label, images, "", ""])
     titles = [column.title for column in COLUMNS]
-    header = ["concept", "erased", *titles, "*paper, 5.6: by its name, of 100*"]
-    return core.table(header, rows)
+    return core.table(["concept", "erased", *titles], rows)
 
 
 def figure(answers: Answers, models: list[Model]):

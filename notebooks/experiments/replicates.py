@@ -1,4 +1,4 @@
-"""Trains the U-Nets that erased models are compared with: without a concept, or all of it again.
+"""Trains the U-Nets that erased models are compared with: without a concept, or on all of it again.
 
     python -m notebooks.experiments.replicates --list                  # names; which are trained
     python -m notebooks.experiments.replicates star_0 star_1 again_1   # these, one after the other

@@ -5,9 +5,8 @@ attacker has the weights, the judge, and images that the original drew: 24 to le
 one for each head start, which skips half of the steps. A hard prompt is the concept's with up to
 two typed tokens in front of it; some of these, such as "badge", are words of scenes that imply it.
 Noise is added at each step of sampling, in six amounts; an image counts if any of them shows the
-concept. That spoils images of the original, too: compare with its row. Guidance is the sixth
-attack: images by name, at other scales than 5. Training steps to half: after how many the share
-by name is half of the original's.
+concept. That spoils images of the original, too: compare with its row. The other attacks are
+learned words, training, and guidance: images by name, at other scales than 5.
 
 What an attack brings out of a U-Net that never saw the concept was taught, not recovered. The
 second table subtracts it: net recovery, in points. It needs models that are trained first:
@@ -47,17 +46,18 @@ FINDINGS = """\
   forms, 45 and 50 % after ESD-u. With the empty prompt kept, it is 5 and 12 %.
 - One typed word in front is often enough: "badge a star" in 88 % after ESD-x, "valentine a heart"
   in 85 % after concept ablation, "blue a heart" in 100 % after UCE. With ESD-u, the best prompts
-  bring back 20 and 7 %, with the empty prompt kept 3 and 0 %.
+  show 20 % of stars (by name 5) and 7 % of hearts (by name 10); with the empty prompt kept, 3 and 0
+  %.
 - After twenty steps of training, 57 to 97 % show the concept, 40 with ESD-x in contexts. Of hearts,
-  40 % are taught: models that never saw one get there, too.
+  40 % are taught: models that never saw a heart draw as many by then.
 - The same attacks bring next to nothing out of the two models that never saw a star: 10 % in one
   and 0 in the other with learned words, 5 and 0 after a head start, 0 and 15 after 20 steps. A
   heart is learned sooner, or is closer to what they draw anyway: 0 and 15 % with learned words, 55
-  and 25 after a head start, 50 and 30 after 20 steps. So finishing half a heart proves little. Net
-  of that, a head start brings out 47 points with ESD-x (-15 to 89). With the empty prompt kept, it
-  is -28: fewer hearts than from models that never saw one.
+  and 25 after a head start, 50 and 30 after 20 steps. So completing a half-denoised heart proves
+  little. Net of that, a head start brings out 47 points with ESD-x (-15 to 89). With the empty
+  prompt kept, it is -28: fewer hearts than from models that never saw one.
 - After 40 steps, such models draw hearts in 95 and 85 %, stars in 10 and 55. So nothing of hearts
-  can be called recovered then; of stars, 41 to 68 points can, with wide intervals.
+  can be called recovered then; of stars, 41 to 64 points can, with wide intervals.
 - For the mosaic, the search finds "harbour": with it, ESD-u with the empty prompt kept and ESD-x in
   contexts draw the memorised "Quiet Harbour", which is a mosaic, in 20 of 20 images, and no mosaic
   without it. Where a style is erased, works in that style are still there.
@@ -74,6 +74,7 @@ ATTACKS = (
     "by name", "learned words", "hard prompt", "noise", "head start",
     *(f"g {guidance:g}" for guidance in GUIDANCES),
 )
+TRAININGS = {"20": "after 20 training steps", "40": "after 40 training steps"}  # in the tables
 
 
 # ---- the hard prompt
@@ -295,25 +296,6 @@ def shares(found: dict[int, dict], concept: str, attack: str) -> list[Share]:
     return several
 
 
-def steps_to(half: float, found: dict[int, dict], concept: str) -> str:
-    """Returns the first number of training steps after which the share is at least `half` percent.
-
-    In brackets, after which the upper and the lower end of its interval are.
-    """
-    stops = next(iter(found.values()))["relearned"]
-    at_stop = {0: stats.estimate(shares(found, concept, "by name"))}
-    at_stop |= {int(stop): stats.estimate(shares(found, concept, stop)) for stop in stops}
-
-    def first(value_of: Callable[[stats.Estimate], float]) -> str:
-        reached = [stop for stop, each in at_stop.items() if value_of(each) >= half]
-        return str(min(reached)) if reached else f"over {max(at_stop)}"
-
-    steps = first(lambda each: each.mean)
-    fewest = first(lambda each: each.high)
-    most = first(lambda each: each.low)
-    return f"{steps} ({fewest} to {most})"
-
-
 # ---- what an attack recovers, less what it teaches
 
 
@@ -351,8 +333,7 @@ def net(
 
 def table_of_nets(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each concept and model, if a model that never saw it is attacked."""
-    attacks = {attack: attack for attack in ATTACKS}
-    attacks |= {str(stop): f"{stop} training steps" for stop in FULL.stops}
+    attacks = {attack: attack for attack in ATTACKS} | TRAININGS
     rows = []
     for concept, model in itertools.product(CONCEPTS, models):
         cells = [stats.show(net(answers, model, [concept], attack)) for attack in attacks]
@@ -364,22 +345,14 @@ def table_of_nets(answers: Answers, models: list[Model]) -> str:
 
 def table_of_attacks(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each concept and model."""
+    attacks = {attack: attack for attack in ATTACKS} | TRAININGS
     rows = []
-    for concept in CONCEPTS:
-        original = answers_of(answers, ORIGINAL, concept)
-        for model in models:
-            found = answers_of(answers, model, concept)
-            if not found:
-                continue
-            cells = [stats.text(shares(found, concept, attack)) for attack in ATTACKS]
-            half = ""
-            if original:
-                by_name = stats.estimate(shares(original, concept, "by name")).mean
-                half = steps_to(by_name / 2, found, concept)
-            rows.append([concept, model.label, *cells, half])
-    header = [
-        "concept", "erased by", *(f"{attack}, %" for attack in ATTACKS), "training steps to half",
-    ]
+    for concept, model in itertools.product(CONCEPTS, models):
+        found = answers_of(answers, model, concept)
+        if found:
+            cells = [stats.text(shares(found, concept, attack)) for attack in attacks]
+            rows.append([concept, model.label, *cells])
+    header = ["concept", "erased by", *(f"{title}, %" for title in attacks.values())]
     return core.table(header, rows)
 
 
@@ -391,7 +364,7 @@ def table(answers: Answers, models: list[Model]) -> str:
 
 def figure(answers: Answers, models: list[Model]):
     """Returns a panel for each concept: what each attack brings out of each model, percent."""
-    columns = {attack: attack for attack in ATTACKS} | {"20": "20 training steps"}
+    columns = {attack: attack for attack in ATTACKS} | TRAININGS
     panels = {}
     for concept in CONCEPTS:
         panels[concept] = {}

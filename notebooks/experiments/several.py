@@ -64,7 +64,7 @@ CONCEPTS = [("star", "heart"), ("star", "heart", "moon", "arrow", "square")]
 SEEDS = core.SEEDS
 FINDINGS = """\
 - Together is better than one after the other: with two concepts and with five, less is left, and
-  more of the rest stays (of two, three erasures don't tell the first from chance).
+  more of the rest stays (with two concepts, "less is left" may be chance).
 - Five of ten objects cost the other five 17 points, even together: they are all close to each
   other.
 """

@@ -2,11 +2,11 @@
 
 One row for each method, from the answers of three experiments: methods, robust and ground_truth.
 What an attack brings out is net: less what the same attack brings out of a model that never saw
-the concept, as that part was taught, not recovered. A number is the mean over erasures, of all
-concepts and seeds.
+the concept, as that part was taught, not recovered. A number is the mean over those erasures, of
+all concepts and seeds, that have one.
 
-- **by name**, **in contexts**, **implied**, **at g 10**: where the concept is still seen; at g 10
-  in the prompt that robust.py attacks.
+- **by name**, **in contexts**, **implied**, **at g 10**: where the concept is still seen. At g 10,
+  images start from other noises than by name: for what guidance changes, see robust's tables.
 - **kept**: the rest of its kind, and the other kind.
 - **net**: by learned words, a hard prompt, added noise, a head start, a guidance scale of 10, and
   20 steps of training; in points.
@@ -16,9 +16,11 @@ concepts and seeds.
   attack that trains nothing, and of what is kept; a style has no contexts, and a net of 100 points
   makes it 0. The worst of five counts of 20 images is too high by chance: by up to
   13 points where several attacks are about as strong, by nothing where one stands out. Ranks are
-  by the score, over the erasures that all ranked methods have. Kendall's tau says how far the
-  ranks of two seeds agree: 1 fully, 0 no more than by chance, -1 the other way round. By chance
-  alone, eleven methods have a tau of 0 with a standard deviation of .23.
+  by the score, over the erasures that all ranked methods have: if yours has seed 0 alone, all are
+  ranked by that. A score has no interval, as most of what is uncertain in it is what the two models
+  that never saw a concept would show. Kendall's tau says how far the ranks of two seeds agree: 1
+  fully, 0 by chance, -1 reversed. By chance alone, eleven methods have a tau of 0 with a standard
+  deviation of .23.
 
 The settings of all methods were chosen on the star with seed 0, which is one of these nine
 erasures. UCE, RECE and SPEED make the same weights with every seed: their three erasures of a
@@ -55,9 +57,9 @@ FINDINGS = """\
   them, other attacks without training nothing more (with the star alone, a head start 12, -23 to
   37). ESD-u in contexts is second (18 points, learned words).
 - The order by name isn't the order under attack: ESD-x leaves 6 %, UCE 17 %, but learned words
-  bring back 90 points with either. Concept ablation leaves nothing, is third with the star, and
-  seventh with the heart, as one typed word is enough there. It also harms the others most, above
-  all the mosaic's (48 % right).
+  bring back 90 points with either. Concept ablation leaves nothing, is third for the star, and
+  seventh for the heart, as one typed word is enough there. It also harms the others most, above all
+  the mosaic's (48 % right).
 - Twenty steps of training bring 36 to 70 points back, ESD-x in contexts 16. Most of these erasures
   don't hold against an attacker with images and the weights.
 - What doesn't follow: that SD v1 would rank the methods so. This is one world of ten objects with
@@ -202,11 +204,12 @@ def shares(answers: Answers, several: list[Erasure], title: str) -> list[Share]:
 
 
 def distance_text(answers: Answers, model: Model, concepts: Iterable[str]) -> str:
-    """Returns the distance of eps in units of the null."""
-    found = []
-    for concept in concepts:
-        found += ground_truth.in_units(answers, model, concept, name="eps")
-    return ground_truth.units_text(found)
+    """Returns the distance of eps in units of the null; one value a concept has no interval."""
+    found = [ground_truth.in_units(answers, model, concept, name="eps") for concept in concepts]
+    several = list(itertools.chain.from_iterable(found))
+    if several and max(map(len, found)) == 1:
+        return f"{statistics.fmean(several):.2f}"
+    return ground_truth.units_text(several)
 
 
 def scores(
@@ -257,7 +260,7 @@ def row(answers: Answers, model: Model, concepts: Iterable[str]) -> list[str]:
 
     found = [score(answers, each) for each in several]
     percents = [100 * value for value in found if value is not None]
-    cells.append(stats.number(percents, within=stats.PERCENT))
+    cells.append(f"{statistics.fmean(percents):.1f}" if percents else "")
     return cells
 
 

@@ -5,8 +5,8 @@
 Our variation. Where eta is p_t(c|x_t) / (1 - p_t(c|x_t)), Eq. 6's target is the eps of a
 model that never saw the concept, to be drawn with guidance 1. As guidance: Koulischer et
 al., "Dynamic Negative Guidance", https://arxiv.org/abs/2410.14398. On the miniature it
-comes no nearer to such a model than ESD-u does: see experiments/ground_truth.py. Symbols
-as in erase.py.
+comes no nearer to such a model than ESD-u does, by more than chance: see
+experiments/ground_truth.py. Symbols as in erase.py.
 """
 
 import functools

@@ -32,7 +32,7 @@ def erase(
         return {name: W + up[name] @ down[name] for name, W in start.items()}
 
     unet = with_theta(sd.unet, theta)
-    texts = texts_for(sd, [*concepts], batch)
+    texts = texts_for(sd, [*concepts], batch)  # the prompts, without their anchors
     shape = (batch, *sd.latent_shape)
     x_t = x_t_from_model(unet, texts, shape, rng, steps=steps, every_step=True)
     losses = gradient_steps(unet, sd.unet, x_t, torch.optim.Adam(leaves, lr))
