@@ -187,6 +187,11 @@ def ask_mcnemar(answer: Callable, seed: int) -> list[Tensor]:
     return [torch.stack(values)]
 
 
+def sample_means(c: Tensor) -> Tensor:
+    """Returns each prompt's mean feature, (B, 1, 1, 1)."""
+    return c.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+
+
 def ask_selective_loss(answer: Callable, seed: int) -> list[Tensor]:
     """4.2. Returns each sample's loss, and its gradient with respect to a weight of the model."""
     features = [torch.full((2, 77, 8), value).double() for value in (3.0, 1.0, 2.0)]
@@ -194,16 +199,16 @@ def ask_selective_loss(answer: Callable, seed: int) -> list[Tensor]:
     x_t = noise(seed, 2, 4, 3, 3)
     t = torch.tensor([7, 500])
 
-    def frozen(x_t, t, c):  # the prompt has a large effect, up or down, in two parts of x_t
-        effect = torch.where(x_t > 0.5, 1.0, torch.where(x_t < -0.5, -1.0, 0.2))
-        return 0.5 * x_t + 0.1 * c.mean() * effect
+    def frozen(x_t, t, c):  # the prompt changes eps by .12, up or down, in two parts of x_t; by .08
+        effect = torch.where(x_t > 0.5, 0.6, torch.where(x_t < -0.5, -0.6, 0.4))
+        return 0.5 * x_t + 0.1 * sample_means(c) * effect
 
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
 
     def edited(x_t, t, c):
         return weight * frozen(x_t, t, c) + 0.01
 
-    loss = call(answer, edited, frozen, x_t, t, text, 2.0)
+    loss = call(answer, edited, frozen, x_t, t, text, 1.5 + seed)
     slope = torch.zeros((), dtype=torch.float64)
     if isinstance(loss, Tensor) and loss.requires_grad:
         slope, = torch.autograd.grad(loss.mean(), weight)
@@ -269,10 +274,10 @@ def ask_keeping_loss(answer: Callable, seed: int) -> list[Tensor]:
     weights = torch.tensor([0.7, 0.3], dtype=torch.float64, requires_grad=True)
 
     def frozen(x_t, t, c):
-        return 0.5 * x_t + 0.4 * c.mean() + t.view(-1, 1, 1, 1) / 1000
+        return 0.5 * x_t + 0.4 * sample_means(c) + t.view(-1, 1, 1, 1) / 1000
 
     def edited(x_t, t, c):
-        return weights[0] * frozen(x_t, t, c) + weights[1] * c.mean()
+        return weights[0] * frozen(x_t, t, c) + weights[1] * sample_means(c)
 
     loss = call(answer, edited, frozen, x_t, torch.tensor([7, 500]), text, 2.0, 0.7)
     slope = torch.zeros(2, dtype=torch.float64)

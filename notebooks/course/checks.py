@@ -5,10 +5,12 @@
 cases.py has the inputs that a function is called with.
 """
 
+import contextlib
 import functools
 import itertools
 import math
 from typing import Callable, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +19,12 @@ import ddim
 import erase
 from notebooks.course import cases
 from notebooks.experiments import stats
+
+NOT_ALLOWED = "this is the project's own function: write yours"
+
+
+def not_allowed(*_, **__):
+    raise RuntimeError(NOT_ALLOWED)
 
 
 class Exercise(NamedTuple):
@@ -30,9 +38,12 @@ class Exercise(NamedTuple):
     forbidden: tuple[str, ...] = ()  # the project's functions that would be the answer
 
     def __call__(self, answer: Callable, seed: int = 0) -> str:
-        """Says "right" or what is wrong with a student's function."""
+        """Says "right" or what is wrong with a student's function, as grade.py does."""
         try:
-            results = self.ask(answer, seed)
+            with contextlib.ExitStack() as taken_away:
+                for function in self.forbidden:
+                    taken_away.enter_context(mock.patch(function, not_allowed))
+                results = self.ask(answer, seed)
         except (Exception, SystemExit) as error:  # a student's code can raise anything
             return cases.reason(error)
         return self.verdict(results, seed)
@@ -519,7 +530,7 @@ selective_loss = Exercise(
     solution=selective(),
     mistakes={
         "it applies Eq. 6 everywhere": erase.esd_loss,
-        "a difference of -0.2 is large too: compare the absolute value":
+        "a difference below -0.1 is large too: compare the absolute value":
             selective(size=lambda difference: difference),
         "it erases where the predictions barely differ": selective(flip=True),
         "elsewhere, the target is the original's prediction for the concept":

@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
 SEEDS = (3, 4, 5)  # of the hidden cases; the checks use 0
 UNREADABLE = "wrong: its results can't be read"
 NOBODY = {"user": 65534, "group": 65534, "extra_groups": []}
-TAKEN = '''def {name}(*_, **__):
-    raise RuntimeError("this is the project's own function: write yours")
+TAKEN = f'''def {{name}}(*_, **__):
+    raise RuntimeError("{checks.NOT_ALLOWED}")
 '''
 
 
