@@ -460,6 +460,7 @@ def check_flags(args: argparse.Namespace, checkpoint: Path) -> None:
     if checkpoint.exists() and not args.resume:
         raise UsageError(f"{checkpoint} is from an unfinished run: add --resume, or delete it")
     sample.check_out(args.out, ".safetensors", new=not args.resume)
+    sample.check_out(args.out.with_suffix(".png"), ".png", new=not args.resume)
 
 
 def draw_before_and_after(

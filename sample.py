@@ -549,15 +549,20 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
     """Returns the model with the weights of a file that erase.py wrote, or the official code.
 
     Prints a line if the file was made from another model, or if it replaces weights
-    that were edited before. Raises UsageError, whose message ends with the command that
-    converts other published forms.
+    that were edited before. Raises UsageError, whose message ends with the way out: the
+    model that it was made from, or the command that converts other published forms.
     """
+    made_from = ""
     try:
         weights, metadata = read_tensors(Path(path))
+        made_from = settings_in(metadata).get("model", "")
         erased = with_weights(sd, weights, source=path)
     except UsageError as error:
         out = f"{Path(path).stem}-converted.safetensors"
-        raise UsageError(f"{error}; {convert_hint(path, out, '--erased')}") from error
+        way_out = convert_hint(path, out, "--erased")
+        if made_from:
+            way_out = f"it was made from --model {made_from}"
+        raise UsageError(f"{error}; {way_out}") from error
 
     old, new = unet_tensors(sd), unet_tensors(erased)
     replaced = [name for name in sd.edited & weights.keys() if not old[name].equal(new[name])]
@@ -572,13 +577,22 @@ def is_base(sd: StableDiffusion, weights: dict[str, Tensor], metadata: dict[str,
     """Whether a file's `base` is the fingerprint of sd; True for files that have none."""
     ours = fingerprint(sd, without=weights.keys())
     try:
-        base = np.array(json.loads(metadata["settings"])["base"], dtype=float)
-    except (KeyError, TypeError, ValueError):  # none, or somebody else's settings
+        base = np.array(settings_in(metadata)["base"], dtype=float)
+    except (KeyError, TypeError, ValueError):
         return True
     return base.shape == (len(ours),) and np.allclose(base, ours, rtol=0.01, atol=1e-4)
 
 
 # ---- files
+
+
+def settings_in(metadata: dict) -> dict:
+    """Returns the settings that this project wrote into a file; {} for others' files."""
+    try:
+        settings = json.loads(metadata.get("settings", "{}"))
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -603,13 +617,12 @@ def save_png(image: Image.Image, path: Path, settings: dict, **texts: str) -> No
 def check_out(path: Path, suffix: str, new: bool = False) -> None:
     """Makes a file's folder. Raises UsageError for a name with another suffix.
 
-    new: raises it also if the file exists, or the .png next to it.
+    new: raises it also if the file exists.
     """
     if path.suffix != suffix or path.is_dir():
         raise UsageError(f"{path} isn't the name of a {suffix} file: choose another --out")
-    for file in (path, path.with_suffix(".png")):
-        if new and file.exists():
-            raise UsageError(f"{file} exists; delete it or choose another --out")
+    if new and path.exists():
+        raise UsageError(f"{path} exists; delete it or choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -663,7 +676,9 @@ def fail_in_one_line(run: Callable, parser: argparse.ArgumentParser) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(parse(parser, sys.argv[1:]))
-    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+    except (
+        UsageError, OSError, MemoryError, Image.DecompressionBombError, RuntimeError
+    ) as error:
         if isinstance(error, RuntimeError) and not ran_out_of_memory(error):
             raise  # a mistake in somebody's code
         print(f"error: {one_line(error)}", file=sys.stderr)

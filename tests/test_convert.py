@@ -757,6 +757,12 @@ def test_a_tool_started_by_its_path_says_how_to_start_it(name, tmp_path):
     assert ended.stderr == f"error: run it as python -m notebooks.tools.{name}\n"
 
 
+def test_a_whole_model_is_not_named_like_a_file(folder, tmp_path, capsys):
+    out = tmp_path / "van-gogh.safetensors"
+    text = commands.refusal(capsys, convert.main, folder, "--out", out)
+    assert text == f"error: {out} would be a folder, with a whole model: add --erased?"
+
+
 @pytest.mark.parametrize("flags", [[], ["--erased"]])
 def test_an_existing_output_stays(flags, folder, tmp_path, capsys):
     out = tmp_path / "out.safetensors"

@@ -214,19 +214,28 @@ def test_the_least_rank_is_taken():
         assert (up @ down - a).norm() <= error * a.norm() + 1e-5
 
 
-@pytest.mark.parametrize("change, form, flags, says", [
-    (1.0, "lora", [], "no weight matrix was changed"),
-    (torch.inf, "esd", [], "aren't finite: nothing was written"),
-    (1.0, "lora", ["--error", 2], "error is 2.0, choose at least 0 and less than 1"),
+@pytest.mark.parametrize("name, change, form, flags, says", [
+    ("conv_in.bias", 1.0, "lora", [], "no weight matrix was changed"),
+    ("conv_in.bias", torch.inf, "esd", [], "out.safetensors would have numbers that aren't finite"),
+    ("conv_in.weight", torch.inf, "lora", [], "conv_in.weight has numbers that aren't finite"),
+    ("conv_in.bias", 1.0, "lora", ["--error", 2], "choose at least 0 and less than 1"),
 ])
 def test_what_can_not_be_written_is_refused(
-    change, form, flags, says, sd, folder, tmp_path, capsys
+    name, change, form, flags, says, sd, folder, tmp_path, capsys
 ):
     file, out = tmp_path / "theta.safetensors", tmp_path / "out.safetensors"
-    save_file({"conv_in.bias": sd.unet.conv_in.bias + change}, file)
+    save_file({name: sd.unet.get_parameter(name) + change}, file)
     arguments = [file, "--as", form, "--model", folder, "--out", out, *flags]
     assert says in commands.refusal(capsys, export.main, *arguments)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("loss, erased_from", [
+    ("erase:esd_loss", "star"), ("notebooks.methods.esd_from:loss", "badge"),
+])
+def test_an_anchor_is_what_is_erased_from_with_the_loss_for_that_alone(loss, erased_from):
+    settings = {"concepts": ["star"], "anchor": "badge", "loss": loss}
+    assert export.esd_metadata(settings, "some/model")["erase_from"] == erased_from
 
 
 @pytest.mark.parametrize("form", ["lora", "folder"])

@@ -323,6 +323,13 @@ def test_another_part_is_no_erased_unet(part, sd, tmp_path):
     assert f"not the U-Net's: ['{min(weights)}', " in text
 
 
+def test_erased_weights_of_another_size_name_the_model_that_they_fit(sd, tmp_path):
+    settings = json.dumps({"model": "some/model"})
+    save_file({"conv_in.bias": torch.zeros(5)}, tmp_path / "other", {"settings": settings})
+    text = refusal(sample.load_erased, sd, tmp_path / "other")
+    assert text.endswith("it was made from --model some/model") and "convert" not in text
+
+
 def test_the_model_with_other_weights_shares_the_rest(sd):
     name = "conv_in.bias"
     tensor = torch.arange(32.0).requires_grad_()

@@ -650,6 +650,7 @@ def fails_with(error):
 BAD_INPUT = {
     "usage": UsageError("choose\nanother"),
     "file": FileNotFoundError(2, "No such file or directory", "x.png"),
+    "a huge image": Image.DecompressionBombError("exceeds limit of 178956970 pixels"),
     "python's memory": MemoryError("1 TB"),
     "an accelerator's memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
     "torch's memory": RuntimeError("DefaultCPUAllocator: can't allocate memory"),

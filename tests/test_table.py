@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 import sample
@@ -154,6 +154,10 @@ def test_an_image_says_how_it_was_made(draw, folder):
     }
     assert settings | expected == settings
 
+    first, = opened(out, "a2_0")  # a seed draws the first image, so only that one names it
+    assert "Seed: 12" in first.text["parameters"]
+    assert "Seed" not in image.text["parameters"]
+
     of_its_own_size, = opened(draw(TABLES["coco"], out="coco"), "60623_0")
     assert json.loads(of_its_own_size.text["settings"])["size"] == [64, 64]
 
@@ -230,6 +234,11 @@ def test_an_image_of_another_program_is_not_taken_for_one_of_ours(draw, refusal)
     """The names are those of the official evaluation, so it may well be there."""
     out = draw(HEAD + "1,a star,5\n")
     (file,) = out.glob("*.png")
+    for settings in ("{", "[3]", ""):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("settings", settings)
+        Image.new("RGB", (64, 64)).save(file, pnginfo=info)
+        assert "has model = None, not" in refusal(HEAD + "1,a star,5\n")
     for suffix in ("PNG", "JPEG"):  # under the same name
         Image.new("RGB", (64, 64)).save(file, format=suffix)
         assert "has model = None, not" in refusal(HEAD + "1,a star,5\n")
@@ -241,6 +250,7 @@ def test_an_image_of_another_program_is_not_taken_for_one_of_ours(draw, refusal)
     ("1,a star,5\n", ["--negative", "blue"], "negative = '', not 'blue'"),
     ("1,a star,5\n", ["--guidance", 3], "guidance = 7.5, not 3.0"),
     ("1,a star,5\n", ["--safe", "a heart"], "safe = '', not 'a heart'"),
+    ("1,a star,5\n", ["--size", 128], "size = [64, 64], not [128, 128]"),
 ])
 def test_images_of_another_run_are_not_taken_for_this_ones(row, flags, says, draw, refusal):
     draw(HEAD + "1,a star,5\n")

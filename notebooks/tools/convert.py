@@ -478,6 +478,8 @@ def run(args: argparse.Namespace) -> None:
         sample.check_out(args.out, ".safetensors")
         convert_erased(Path(args.source), args.out, configs["unet"])
     else:
+        if args.out.suffix == ".safetensors":
+            raise UsageError(f"{args.out} would be a folder, with a whole model: add --erased?")
         convert_model(
             args.source,
             args.out,

@@ -1,7 +1,7 @@
 """Exports an erased model for other programs.
 
-    python -m notebooks.tools.export star.safetensors --as lora --out star-lora.safetensors
-    python -m notebooks.tools.export star.safetensors --as single --out sd-without-star.safetensors
+    python -m notebooks.tools.export van-gogh.safetensors --as lora --out lora.safetensors
+    python -m notebooks.tools.export van-gogh.safetensors --as single --out whole.safetensors
 
 lora: what was changed, in kohya's form, for A1111, ComfyUI and diffusers; its weight is a dial from
 nothing erased (0) to all (1). single: a whole checkpoint in CompVis's form, for A1111 and ComfyUI.
@@ -135,7 +135,7 @@ def write_tensors(
 ) -> None:
     """Writes a safetensors file. Raises sample.UsageError where a tensor isn't finite."""
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise sample.UsageError(f"{file}: numbers aren't finite: nothing was written")
+        raise sample.UsageError(f"{file.name} would have numbers that aren't finite")
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     content = safetensors.torch.save(contiguous, metadata)
@@ -217,24 +217,22 @@ def single(sd: sample.StableDiffusion) -> dict[str, Tensor]:
     return tensors
 
 
-def settings_of(file: Path) -> dict:
-    """Returns the settings that erase.py wrote into a file; empty for others' files."""
-    _, metadata = sample.read_tensors(file)
-    try:
-        return {**json.loads(metadata.get("settings", "{}"))}
-    except (ValueError, TypeError):  # somebody else's settings
-        return {}
-
-
 def esd_metadata(settings: dict, model: str) -> dict[str, str]:
-    """Returns what the official code writes about erased weights; model: their base."""
+    """Returns what the official code writes about erased weights; model: their base.
+
+    settings: those that erase.py wrote. Its anchor is the official `erase_from` with the loss of
+    methods/esd_from.py alone; else it only changes what x_t is drawn for.
+    """
     concepts = ", ".join(settings.get("concepts", []))
+    erased_from = ""
+    if "esd_from" in settings.get("loss", ""):
+        erased_from = settings.get("anchor")
     return {
         "format": "erasing-esd-v2",
         "base_model_id": str(settings.get("model", model)),
         "train_method": str(settings.get("method", "")),
         "erase_concept": concepts,
-        "erase_from": settings.get("anchor") or concepts,
+        "erase_from": erased_from or concepts,
     }
 
 
@@ -265,6 +263,8 @@ def lora(
     for name, tensor in theta.items():
         if tensor.ndim > 1:
             change = (tensor.float() - before[name].float()).flatten(1)  # (out, in)
+            if not change.isfinite().all():
+                raise sample.UsageError(f"{name} has numbers that aren't finite")
             if change.any():
                 factors[name] = low_rank(change, error)
     if not factors:
@@ -328,7 +328,8 @@ def run(args: argparse.Namespace) -> None:
         metadata = modelspec("single", args.out.stem, args.date)
         write_tensors(args.out, halved(single(erased)), metadata)
     elif args.form == "esd":
-        metadata = esd_metadata(settings_of(args.file), args.model)
+        _, metadata = sample.read_tensors(args.file)
+        metadata = esd_metadata(sample.settings_in(metadata), args.model)
         write_tensors(args.out, halved(theta), metadata)
     else:
         tensors = lora(sd.unet, theta, args.error)

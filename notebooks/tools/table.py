@@ -138,13 +138,18 @@ def read_table(file: Path, guidance: float = 7.5, size: int | None = None) -> li
     return [*rows.values()]
 
 
-def check_sizes(sd: StableDiffusion, rows: list[Row], file: Path) -> None:
-    """Raises UsageError, which names the line, for a size that the model can't draw."""
+def with_sizes(sd: StableDiffusion, rows: list[Row], file: Path) -> list[Row]:
+    """Returns rows whose size is (width, height).
+
+    Raises UsageError, which names the line, for a size that the model can't draw.
+    """
+    sized = []
     for row in rows:
         try:
-            sample.image_size(sd, row.size)
+            sized.append(row._replace(size=sample.image_size(sd, row.size)))
         except UsageError as error:
             raise UsageError(f"{file}, line {row.line}: {error}") from error
+    return sized
 
 
 # ---- the images
@@ -155,22 +160,28 @@ def image_file(row: Row, i: int, args: argparse.Namespace) -> Path:
     return args.out / f"{row.case}_{i}.png"
 
 
-def parameters(row: Row, width: int, height: int, args: argparse.Namespace) -> str:
-    """Returns what A1111 writes into an image, for programs that read it back."""
+def parameters(row: Row, i: int, args: argparse.Namespace) -> str:
+    """Returns what A1111 writes into an image, for programs that read it back.
+
+    Without a seed for all but a row's first image: the seed alone would draw that one.
+    """
     negative = f"Negative prompt: {args.negative}\n" if args.negative else ""
+    seed = f", Seed: {row.seed}" if i == 0 else ""
+    width, height = row.size
     return (
         f"{row.prompt}\n{negative}Steps: {args.steps}, Sampler: DDIM, CFG scale: "
-        f"{row.guidance:g}, Seed: {row.seed}, Size: {width}x{height}, RNG: CPU"
+        f"{row.guidance:g}{seed}, Size: {width}x{height}, RNG: CPU"
     )
 
 
 def check_settings(file: Path, row: Row, args: argparse.Namespace) -> None:
     """Raises UsageError if an image was drawn with other settings."""
     with Image.open(file) as image:
-        found = json.loads(image.info.get("settings", "{}"))  # another program's has none
+        found = sample.settings_in(image.info)
     flags = ("model", "erased", "steps", "negative", "safe", "sld")
     expected = {name: getattr(args, name) for name in flags}
     expected |= {"prompt": row.prompt, "seed": row.seed, "guidance": row.guidance}
+    expected["size"] = row.size
     for name, value in json.loads(json.dumps(expected, default=str)).items():
         if found.get(name) != value:
             raise UsageError(
@@ -227,8 +238,8 @@ def draw(
         for k, image in enumerate(images):
             row = part[k // args.num]
             i = k % args.num
-            settings = vars(args) | row._asdict() | {"size": image.size, "image": i}
-            text = parameters(row, *image.size, args)
+            settings = vars(args) | row._asdict() | {"image": i}
+            text = parameters(row, i, args)
             sample.save_png(image, image_file(row, i, args), settings, parameters=text)
 
 
@@ -273,7 +284,7 @@ def run(args: argparse.Namespace) -> None:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
 
     sd = sample.load(args.model, args.device, args.dtype)
-    check_sizes(sd, rows, args.table)
+    rows = with_sizes(sd, rows, args.table)
     for file in args.erased:
         sd = sample.load_erased(sd, file)
 
