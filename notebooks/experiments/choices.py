@@ -1,9 +1,10 @@
 r"""Choices in which the paper and its code differ: which of them matter?
 
-In the paper the edited model draws x_t, at one random step of each trajectory; the official
-code has let the frozen model draw it since 2025. In our other experiments, ESD-x takes a gradient
-step at each of a trajectory's first four steps, 80 in all; the first three variants here take 160,
-as ESD-u does. All trajectories have eight steps. See "What an erasure costs".
+In the paper the edited model draws x_t, in its code at one random step of each trajectory; the
+official code has let the frozen model draw it since 2025. Elsewhere on this page, ESD-x makes 80
+gradient steps, one at each of a trajectory's first four times, at a learning rate of 6e-4. The
+first three variants here make 160, at 4e-4. All trajectories have eight steps. See "What an
+erasure costs".
 "Keys and values only" is a variant of ESD-x that the official code has, too. "ESD-u, its code"
 leaves out the time embedding and the output layers, "ESD-u, the paper's rule" doesn't.
 
@@ -47,13 +48,13 @@ PAIRS = (
     ("ESD-u, the paper's rule", "ESD-u, its code"),
 )
 FINDINGS = """\
-- The frozen model's x_t leave 6 points more of the object than the edited model's. With 50 steps
-  and a batch of 1 it is 11 points, and with ESD-u 59 (see "What an erasure costs").
+- With ESD-x, the frozen model's x_t leave 6 points more of the object than the edited model's. With
+  50 steps and a batch of 1 it is 11 points, and with ESD-u 59 (see "What an erasure costs").
 - A gradient step at each of the first four steps of a trajectory leaves no more than the paper's
   kind of x_t, for 0.27 of the calls; its learning rate is 1.5 times as large.
 - Keys and values alone leave 3 points more than all of cross-attention: 5 images of 180.
-- The paper's rule for ESD-u and its code's aren't told apart by three objects. With all ten, the
-  rule leaves 4 points more (see objects).
+- Three objects can't distinguish the paper's rule for ESD-u from its code's. With all ten, the rule
+  leaves 4 points more (see objects).
 """
 
 

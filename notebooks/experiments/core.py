@@ -133,7 +133,7 @@ def contexts(num: int = 2) -> list[Question]:
 
 
 def scenes(num: int = 1) -> list[Question]:
-    """Returns the scenes that were held out from training: "a photo of a night sky in winter"."""
+    """Returns scenes in settings that weren't trained: "a photo of a sheriff badge by the sea"."""
     questions = []
     for scene, setting in world.HELD_OUT:
         for opening in world.OPENINGS:

@@ -1,7 +1,7 @@
 r"""Strength (5.5): what does a larger eta buy, and what does it cost?
 
-The target of Eq. 6 lies past the empty prompt's prediction, seen from the concept's, by eta times
-their difference.
+The target of Eq. 6 starts at the empty prompt's prediction and moves away from the concept's by
+eta times their difference.
 
 On SD v1, vary `--eta`, and continue as for what prompts don't name:
 
@@ -42,8 +42,8 @@ COLUMNS = (
 )
 PAIRS = (("ESD-u, eta 3", "ESD-u"), ("ESD-u, eta 10", "ESD-u"), ("ESD-u, eta 10", "ESD-u, eta 3"))
 FINDINGS = """\
-- Eta 3 and 10 leave 9 and 10 points less of the name than eta 1, just short of what chance
-  excludes; almost half of that is one heart. Eta 10 gains nothing over 3.
+- Eta 3 and 10 leave 9 and 10 points less of the name than eta 1, but the intervals include zero;
+  almost half of each is one erasure of the heart. Eta 10 gains nothing over 3.
 - Of what scenes imply they leave a point or two less, which may be chance.
 - The other objects lose 2 points more with eta 3, and 7 with eta 10. In the paper they lose 7 and
   27 more.

@@ -1,10 +1,10 @@
 r"""What prompts don't name (5.2, Figure 7): does a concept leave the scenes that only imply it?
 
-"A sheriff badge in winter" shows a star, but doesn't say so. The scenes are those that were
-held out from training. The original, too, shows the implied object only in some of their
-images, as training images did. Censored training is a U-Net that saw no image of the four
-objects; SD 2.0 is the paper's example. It isn't stored here: `python -m
-notebooks.experiments.replicates censored` trains it.
+"A sheriff badge by the sea" shows a star, but doesn't say so. The prompts join a scene and a
+setting that were never together in training, where each had others. The original, too, shows the
+implied object only in some of their images, as training images did. Censored training is a U-Net
+that saw no image of the four objects; SD 2.0 is the paper's example. It isn't stored here:
+`python -m notebooks.experiments.replicates censored` trains it.
 
 On SD v1 the prompts are I2P's, and NudeNet (`pip install nudenet`) counts the images that
 show nudity:
@@ -72,9 +72,9 @@ FINDINGS = """\
 - ESD-u acts on what prompts only imply, and leaves 12 %, where the original shows 71; ESD-x, which
   acts on words, leaves 72. That is the paper's contrast between the two.
 - Keeping the empty prompt removes the name better, and what prompts imply worse: 10 points more are
-  left, more than half of them moons.
-- SLD-max and the negative prompt remove what is implied, too, and cost 27 and 17 points of the
-  other scenes, and 23 and 7 of the objects.
+  left, 16 of 26 more images being moons, 9 of these from one erasure.
+- SLD-max and the negative prompt remove what is implied, too, and cost 27 and 18 points of the
+  other scenes, and 23 and 7 of the objects. ESD-u and ESD-x cost 6 and 7 of the scenes.
 """
 
 

@@ -43,17 +43,19 @@ FINDINGS = """\
 - By name, both erasures need the middle of the U-Net. With the original mid block put back, 93 of
   96 points return after ESD-x, and 83 of 90 after ESD-u. Alone, ESD-x's mid block, a fifth of its
   weights, erases 48 (6 to 91): 85 of the star and 12 of the heart; ESD-u's 20, likewise uneven.
-- No kind of ESD-u's layers erases the name alone, by 5 points at most; but with the ResNet blocks
-  as they were 76 of 90 points come back, and with the feed-forward layers 47. The parts erase
+- Alone, no kind of layer in ESD-u erases more than 5 points of the name; but with the ResNet blocks
+  as they were, 76 of 90 points come back, and with the feed-forward layers 47. The parts erase
   together.
 - Of what scenes imply, the ResNet blocks alone erase 40 of 61 points. Self-attention erases 10 (1
   to 19), and with it as it was 2 come back: it doesn't decide what prompts imply, here. It has few
-  weights, but "other layers" have hardly more and erase 18.
-- No third of the steps alone erases much of the name, but one third drawn by the original is enough
-  to bring back 25 to 80 points. In scenes, each third of ESD-u's erases 21 to 29 of 61 points
-  alone.
-- ESD-x changes its weights by 10 % of their norm, and 94 % of the change's square is along four
-  directions of each matrix. ESD-u changes its own by 2 to 3 %, and half of that is along four.
+  weights, but "other layers" (convolutions and norms outside of all these kinds) have hardly more
+  and erase 18.
+- Alone, thirds of the steps erase 1 to 10 points of the name. Only ESD-u's last third erases 25,
+  nearly all of it in two erasures of the heart. But one third drawn by the original is enough to
+  bring back 25 to 80 points. In scenes, each third of ESD-u's erases 21 to 29 of 61 points alone.
+- ESD-x changes its weights by 11 % of their norm, and 94 % of the change's square is along four
+  directions of each matrix. ESD-u changes its own by 2 to 3 %, and about half of that is along four
+  (of self-attention's, two thirds).
 - Six erasures of each kind: two concepts, three seeds.
 """
 

@@ -6,7 +6,7 @@ largest harmonic mean of erased and kept, on the star with seed 0, 20 images of 
 of each other object. Forget-Me-Not and SPM did nothing useful as published, and were tried
 in a second form. ESD-x has half of these steps, 80, at each of a trajectory's first times: see
 cost.py. ESD-u with the empty prompt kept has two aims and 240 steps, concept ablation 480. For a
-style, all of ours take three times as many. Settings that aren't here are each paper's.
+style, all of ours take three times as many. Settings that aren't here are the files' defaults.
 """
 
 import functools

@@ -1,11 +1,11 @@
 """The miniature itself: how good are its images, and how well does the judge read them?
 
-The judge reads rendered images that it hasn't seen: training images, the scenes that were held
-out, and images of nothing. A scene implies its object, and shows it in 60 % of the training
-images; so its row isn't a share of right images. The distance to a work is the mean absolute
-difference of pixels, from 0 to 255; an image is nearest to its work if no other work and no
-random training image is nearer. With `--model FOLDER`, the experiment measures another
-training.
+The judge reads rendered images that it hasn't seen: training images, scenes in settings that
+were held out, and images of nothing. A scene implies its object, and shows it in 60 % of the
+training images (guidance raises that); so its row isn't a share of right images. The distance to a
+work is the mean absolute difference of pixels, from 0 to 255; an image is nearest to its work if no
+other work and no random training image is nearer. With `--model FOLDER`, the experiment measures
+another training.
 """
 
 from typing import Callable

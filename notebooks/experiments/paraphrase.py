@@ -3,7 +3,7 @@ r"""Paraphrases (5.6): does erasing "a five pointed figure" erase the star?
 To the text encoder the name and the paraphrase are almost the same prompt: for the star their
 cosine is 0.97 (notebook 1, Figure 1).
 
-On SD v1, then count the towers:
+On SD v1 (count the towers by eye):
 
 ```sh
 python erase.py "the iron tower in Paris" --out tower.safetensors

@@ -4,8 +4,7 @@ The star is erased. The prompts are captions like those in training, none of whi
 star. The Frechet distance is between the judge's features of 200 generated and of 200 rendered
 images, so compare it only with distances of as many images; the paper's FID is on Inception's
 features of 30,000. An image is right if all that its caption names of object, colour and style
-is seen; captions that name no object aren't counted. Censored training has never seen a moon,
-a heart or an arrow either, and some captions ask for one.
+is seen; captions that name no object aren't counted.
 
 On SD v1 (coco-val2014 is a folder of COCO's images; `pip install clean-fid`):
 
@@ -38,11 +37,11 @@ PAPER = {
 RIGHT = "all that was asked for is seen, %"
 FRECHET = "Frechet distance"
 FINDINGS = """\
-- ESD changes what is right of other prompts by +1 to -3 points, which three seeds don't tell from
-  nothing. With ESD-u the Frechet distance surely grows, from 40 to 48; in the paper, FID falls.
-- Guidance that avoids the concept harms them far more: SLD-max by 38 points, SLD-medium perhaps by
-  15 (-6 to 37). In the paper SLD's harm is small.
-- Censored training isn't stored yet.
+- ESD changes the share of right images by +1 to -3 points, which three seeds can't distinguish from
+  zero. With ESD-u the Frechet distance grows in all three erasures, from 40 to 48; in the paper,
+  FID falls.
+- Guidance that avoids the concept harms other prompts far more: the Frechet distance grows by 34
+  (16 to 53) with SLD-medium, and by 99 (49 to 149) with SLD-max. In the paper SLD's harm is small.
 """
 
 

@@ -1,8 +1,8 @@
 """Several concepts: erased together, or one after the other?
 
 Several concepts in one command are erased together: each trajectory is for a random one of
-them. One after the other, each erasure starts from the model that the last one left, whose
-eps is then the target (`erase.py --erased FILE`). Both take as many gradient steps for
+them. One after the other, each erasure starts from the model that the last one left, which
+is then theta* in Eq. 6 (`erase.py --erased FILE`). Both take as many gradient steps for
 each concept as ESD-x takes for one.
 
 On SD v1:

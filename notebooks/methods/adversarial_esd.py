@@ -8,8 +8,9 @@ r"""ESD against learned prompts: attacks the model before each step, and erases 
 The attack: Huang et al., "Receler", ECCV 2024, https://arxiv.org/abs/2311.17717 (16
 learned tokens after the prompt's). The term for prompts to keep: Zhang et al.,
 "AdvUnlearn", NeurIPS 2024, https://arxiv.org/abs/2405.15234. Simplified: the learned tokens
-come after all 77 and start anew in each step (Receler's take the place of padding, right
-behind the word, and go on); theta are weights of the U-Net (Receler trains an adapter with
+are appended after all 77 and learned anew in each step (Receler's overwrite the end token
+and padding, right after the word, and are carried over from step to step, with weight
+decay); theta are weights of the U-Net (Receler trains an adapter with
 a mask, AdvUnlearn the text encoder); x_t is the concept's in both terms (AdvUnlearn draws
 others for p). Symbols as in erase.py; delta the learned tokens, p a prompt to keep.
 """

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keeps the input of each layer, and computes the rest of it twice.
+"""Activation checkpointing: stores each layer's inputs only, and recomputes its activations.
 
     small = replace(sd, unet=checkpointed.checkpointed(sd.unet))
     theta = erase.erase(small, ["star"], method="esd-u")
@@ -22,11 +22,11 @@ from unet import UNet
 
 
 class Checkpointed(nn.Module):
-    """A layer of the U-Net, with its parameters and their names, that recomputes."""
+    """Wraps a layer, under the same parameter names, and recomputes its activations."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.plain = [layer]  # in a list, or all names would begin with it
+        self.plain = [layer]  # a list, so that it isn't registered, or names would begin with it
         for name, child in layer.named_children():
             self.add_module(name, child)
 

@@ -3,10 +3,11 @@
     theta = concept_ablation.erase(sd, {"star": "circle"}, image_steps=20)
 
 Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models", ICCV 2023,
-https://arxiv.org/abs/2303.13516 (eq. 5, and its code). It tunes the keys and values of
-cross-attention. Simplified: one concept; all images are of one anchor prompt (the code:
-of many, for an object written by a language model), neither cropped nor flipped; lr and
-batch are those of `erase.erase`. Symbols as in erase.py; a is the anchor.
+https://arxiv.org/abs/2303.13516 (eq. 5, and its code for diffusers). It tunes the keys and
+values of cross-attention. Simplified: one concept; all images are of one anchor prompt
+(the code: of many, for an object written by a language model), neither cropped nor
+flipped; Adam without weight decay; lr and batch are those of `erase.erase`. Symbols as
+in erase.py; a is the anchor.
 """
 
 import functools

@@ -54,9 +54,9 @@ def eps_distances(
 def surprise(
     sd: StableDiffusion, prompt: str, x_0: Tensor, seed: int = 0, terms: int = 20
 ) -> Tensor:
-    """Returns a bound on -log p(x_0 | c) of latents (B, 4, H, W), in nats: (terms, B).
+    """Returns the terms of a bound on -log p(x_0 | c) of latents (B, 4, H, W): (terms, B).
 
-    It is the sum of the terms, up to a constant:
+    Their sum estimates the bound, in nats, up to a constant:
 
         1/2 integral of || eps - eps_theta(x_t, c) ||^2 d(-log SNR_t)
 

@@ -88,7 +88,8 @@ def erase(
     method: a name in METHODS, or a predicate on the names of weights.
     x_t: which model draws it, "edited" or "frozen", in `steps` steps.
     drawn_for: the prompt that x_t is drawn for, if not for the concept.
-    first: uses every one of so many steps of a trajectory, as key_steps.py does.
+    first: takes x_t at each of so many first steps of a trajectory, as key_steps.py does;
+    every_step is then ignored.
     data: as in erase.py; also takes steps, guidance and every_step.
     settings: what `erase.erase` takes, such as eta, lr, iterations, batch and loss_fn.
     """

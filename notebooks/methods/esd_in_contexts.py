@@ -24,9 +24,10 @@ def data(
     sd: StableDiffusion, contexts: dict[str, str],
     steps: int = 50, guidance: float = 3.0, every_step: bool = True,
 ) -> Iterator[Batch]:
-    """Yields x_t of trajectories, each for a random prompt, with k as text.null.
+    """Yields x_t of trajectories, each for a random prompt; its text.null is k.
 
-    So x_t is drawn as in the paper, with the empty prompt, but Eq. 6 has the target
+    x_t is guided from the empty prompt, as in the paper. k takes its place in the loss alone,
+    so Eq. 6's target is
 
     eps_theta*(x_t, k, t) - eta * [eps_theta*(x_t, c, t) - eps_theta*(x_t, k, t)]
 

@@ -3,7 +3,7 @@
     theta = esd_odds.erase(sd, {"star": "a picture"}, prior=0.1)
 
 Our variation. Where eta is p_t(c|x_t) / (1 - p_t(c|x_t)), Eq. 6's target is the eps of a
-model that never saw the concept, to be drawn with guidance 1. As guidance: Koulischer et
+model that never saw the concept; draw with it at guidance 1. Odds while sampling: Koulischer et
 al., "Dynamic Negative Guidance", https://arxiv.org/abs/2410.14398. On the miniature it
 comes no nearer to such a model than ESD-u does, by more than chance: see
 experiments/ground_truth.py. Symbols as in erase.py.
@@ -26,14 +26,16 @@ def log_ratio(unet: Callable, x_t: Tensor, t: Tensor, c: Tensor, null: Tensor,
               jumps: int) -> Tensor:
     """Estimates log [p_t(x_t|c) / p_t(x_t)], (B,), from the model's predictions alone.
 
-    x_t goes in jumps from s = t to s' = 999, where the log ratio is 0. Each jump has noise n
-    of its own, the same in every call. By Bayes, the reverse of each jump (DDPM, eq. 7 and
-    11) adds to the log ratio
+    Noises x_t further, in jumps, to t = 999, where c and null are taken to be equally likely.
+    A jump goes from s to s', with noise n of its own, the same in every call. DDPM's reverse
+    step (eq. 7 and 11) goes back, with either prompt. The log of how much likelier c's lands
+    where x_s is than null's is
 
     (|n' - eps_null|^2 - |n' - eps_c|^2) (1 - alpha) / (2 alpha (1 - abar_s))
 
-    where alpha = abar_s' / abar_s, n' = n sqrt((1 - abar_s') / (1 - alpha)), and |.|^2 sums
-    over a latent's elements.
+    where eps is predicted at s', alpha = abar_s' / abar_s, n' = n sqrt((1 - abar_s') /
+    (1 - alpha)), and |.|^2 sums over a latent's elements. The sum over all jumps estimates
+    the log ratio.
     """
     abar = ddim.alphas_cumprod(x_t.device)
     rng = Generator().manual_seed(0)
@@ -42,11 +44,12 @@ def log_ratio(unet: Callable, x_t: Tensor, t: Tensor, c: Tensor, null: Tensor,
         s = t + (ddim.TRAIN_STEPS - 1 - t) * k // jumps
         s_next = t + (ddim.TRAIN_STEPS - 1 - t) * (k + 1) // jumps
         alpha = abar[s_next] / abar[s]
-        added = (1 - alpha).clamp(min=1e-9)  # near t = 999, jumps can be empty
-        noise = torch.randn(x_t.shape, generator=rng).to(x_t)
+        added = (1 - alpha).clamp(min=1e-9)  # 1 - alpha; near t = 999, jumps can be empty
+        noise = torch.randn(x_t.shape, generator=rng).to(x_t)  # n
         x_t = ddim.add_noise(x_t, noise, alpha)
 
         scaled = ddim.per_sample((1 - abar[s_next]) / added, x_t).sqrt() * noise
+        # scaled is n'
         error_null = (scaled - unet(x_t, s_next, null)).square()
         error_c = (scaled - unet(x_t, s_next, c)).square()
         gain = (error_null - error_c).sum(dim=(1, 2, 3))  # (B,)

@@ -4,9 +4,11 @@
 
 Zhang et al., "Forget-Me-Not", CVPR Workshops 2024, https://arxiv.org/abs/2303.17591
 (attention resteering, and its code). Simplified: x_t is drawn by the model, not a noised
-image; the concept isn't inverted into tokens of its own first; each sample has its own
-norm; no weight decay. On the miniature, use method="esd-x" and end=False: its code's
-settings erase other objects before the concept. Symbols as in erase.py.
+image; the concept isn't inverted into tokens of its own first; all words of its prompt
+count, also those of "a picture in the style of" (its code: the concept's alone); each
+sample has its own norm; no weight decay, and gradients aren't clipped. On the miniature,
+use method="esd-x" and end=False: its code's settings erase other objects before the
+concept. Symbols as in erase.py.
 """
 
 import functools
@@ -61,7 +63,7 @@ def loss(
 ) -> Tensor:
     """Returns the norm of all attention to the concept's tokens, (B,).
 
-    tokens: for each concept, the positions of its tokens. frozen and eta aren't used.
+    tokens: for each concept, the positions of its prompt's words. frozen and eta aren't used.
     """
     maps = attention_maps(sd, unet, x_t, t, text.concept)
     chosen = [each[..., tokens[text.index]].flatten(1) for each in maps]

@@ -1,8 +1,9 @@
-"""ESD that keeps the empty prompt's prediction, so that guidance doesn't bring a concept back.
+r"""ESD that keeps the empty prompt's prediction, so that guidance doesn't bring a concept back.
 
     theta = keep_empty_prompt.erase(sd, {"circle": "a picture"}, iterations=1500)
 
-    python erase.py "circle" --method esd-u --loss notebooks.methods.keep_empty_prompt:loss
+    python erase.py "circle" --method esd-u --iterations 1500 \
+        --loss notebooks.methods.keep_empty_prompt:loss
 
 Our variation. Eq. 6 says nothing of eps_theta(x_t, t), and ESD-u moves it, too: images are
 drawn with eps_null + g (eps_c - eps_null), in which the concept can come back as g grows.
@@ -30,7 +31,7 @@ def loss(
     || eps_theta(x_t, c, t) - target ||^2
         + weight || eps_theta(x_t, t) - eps_theta*(x_t, t) ||^2
 
-    with Eq. 6's target, whose eps_theta*(x_t, t) is used twice.
+    with Eq. 6's target, which has eps_theta*(x_t, t), too: it is computed once.
     """
     with torch.no_grad():
         eps_null = frozen(x_t, t, text.null)

@@ -1,9 +1,11 @@
-"""Key steps: ESD with a gradient step at each of a trajectory's first, noisiest x_t.
+r"""Key steps: ESD with a gradient step at each of a trajectory's first, noisiest x_t.
 
-    python erase.py "Van Gogh" --steps 8 --data notebooks.methods.key_steps:data
+    python erase.py "Van Gogh" --steps 8 --data notebooks.methods.key_steps:data \
+        --iterations 500 --lr 1.5e-5
 
-Early steps decide what an image shows. With trajectories cut in half, half as many gradient
-steps see as many different noises; multiply the learning rate by 1.5. Related methods choose
+Early steps decide what an image shows. A trajectory cut in half takes half the gradient steps,
+so half of --iterations sees as many starting noises; then multiply the learning rate by 1.5.
+Related methods choose
 the steps in other ways: KSCU (https://arxiv.org/abs/2507.06526) and SPARE
 (https://arxiv.org/abs/2602.07058).
 """

@@ -1,10 +1,11 @@
-"""A LoRA trained with ESD's loss, as an example of a method of your own.
+r"""A LoRA trained with ESD's loss, as an example of a method of your own.
 
     python -m notebooks.experiments.run methods --method notebooks.methods.lora:erase \
         --label LoRA
 
 Hu et al., "LoRA", ICLR 2022, https://arxiv.org/abs/2106.09685 (section 4.1): a weight
-becomes W + up @ down, of low rank, and only up and down are trained. The defaults are the
+becomes W + up @ down, of low rank (here without a scale), and only up and down are trained.
+The defaults are the
 miniature's.
 """
 

@@ -4,9 +4,10 @@
     predict = plane.erased_predictor(model, c, null=null, eta=1.0)
     x_0 = plane.draw(predict, noise, steps=200)
 
-A point is a latent of one pixel, (N, D, 1, 1), and a prompt is how much of each Gaussian
-it asks for, (K,): the empty prompt null is the weights of them all. So ddim.py and
-erase.py take a mixture as they take a U-Net. All is float64; symbols as in erase.py.
+N points are latents of one pixel, (N, D, 1, 1). A prompt is how much of each Gaussian it
+asks for, (K,); null has the weights of the whole mixture. So ddim.py and erase.py take a
+mixture as they take a U-Net. Points are float64, the schedule is ddim.py's; symbols as in
+erase.py.
 """
 
 from typing import Callable, NamedTuple
@@ -77,6 +78,6 @@ def erased_predictor(
 
 
 def draw(predict: Callable, noise: Tensor, steps: int) -> Tensor:
-    """Returns the images to which DDIM takes noise, (N, D, 1, 1): (N, D)."""
+    """Returns the images that DDIM makes of noise, (N, D, 1, 1): (N, D)."""
     *_, (_, x_0) = ddim.denoise(predict, noise, steps)
     return x_0[:, :, 0, 0]

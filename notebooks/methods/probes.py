@@ -4,8 +4,8 @@
     text = probes.learned_words(erased, batches)
     images = probes.draw(erased, text, probes.noise(erased, range(20)))
 
-Symbols as in ddim.py. An attack gets the model's weights, images of the concept and its
-prompt.
+Symbols as in ddim.py. learned_words, head_start and relearned take images of the concept;
+hard_prompt and with_noise take a judge of images.
 """
 
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -20,7 +20,7 @@ import erase
 import sample
 from sample import StableDiffusion
 
-NOISES = [
+NOISES = [  # Lu et al. have six values of DDIM's eta, and four scales; here one factor
     coarse * fine
     for coarse in (1, 1.17, 1.34, 1.51, 1.68, 1.85)
     for fine in (1, 1.02, 1.03, 1.04)
@@ -41,7 +41,7 @@ class NoisedImages(NamedTuple):
 def noised_images(
     sd: StableDiffusion, images: list[Image.Image], batch: int = 8, seed: int = 0
 ) -> Iterator[NoisedImages]:
-    """Yields endless batches of randomly chosen images, noised to random times."""
+    """Yields batches without end, of randomly chosen images, noised to random times."""
     x_0 = sd.encode_images(images)
     abar = ddim.alphas_cumprod()
     rng = Generator().manual_seed(seed)
@@ -97,7 +97,8 @@ def draw(
 
     x_t: the noise, (B, 4, H, W).
     skip: leave out this many steps; x_t is then the latent for the next one.
-    amount: after each step but the last, add this many sigma_t of noise, from rng.
+    amount: after each step but the last, add this many sigma_t of noise, from rng. (The step
+    itself stays DDIM's without noise, so x_t is noisier than its t says.)
     """
     text = text.expand(len(x_t), -1, -1)
     null = sd.encode([""]).expand_as(text)
@@ -133,7 +134,7 @@ def learned_words(
     tokens = torch.tensor([ids], device=sd.device)  # (1, 77)
     words = tokens[0, 2:6]  # after the start and "a"
 
-    table = sd.text_encoder.embeddings.token_embedding.weight.detach()  # a row a token
+    table = sd.text_encoder.embeddings.token_embedding.weight.detach()  # one row per token
     v = table[words].float().requires_grad_()  # (4, 768)
     optimizer = torch.optim.Adam([v], lr)
 
@@ -153,7 +154,7 @@ def hard_prompt(
     prompt: str, tokens: list[str], score: Callable[[list[str]], list[float]],
     count: int = 2,
 ) -> str:
-    """Returns the prompt behind up to `count` tokens that raise its score, found greedily.
+    """Returns the prompt preceded by up to `count` tokens that raise its score, found greedily.
 
     score: how well images of each prompt show the concept. UnlearnDiffAtk (Zhang et al.,
     ECCV 2024, https://arxiv.org/abs/2310.11868) lowers the error on given images instead,

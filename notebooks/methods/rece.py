@@ -36,9 +36,11 @@ def erase(
     """Returns the edited weights by name: UCE's, then `rounds` edits that each erase c'.
 
     concepts: {prompt: guide}; keep: prompts that stay. seed isn't used: nothing is random.
-    The smaller adversary_lam, the further c' may be from any real prompt. s: how much the
-    prompts to keep count in these rounds; UCE has a weight of its own. The defaults are its
-    code's for styles and objects; for nudity, the code has 3 rounds and 0.1.
+    adversary_lam pulls c' towards 0: the larger, the weaker the edits. s: how much the
+    prompts to keep count in these rounds; UCE has a weight of its own. The defaults are the
+    authors' for styles, and for objects that are hard for UCE; easy ones have an
+    adversary_lam of 0.1, nudity 0.1 and 3 rounds. Each round starts from the weights of the
+    last one, as in their code.
     """
     theta = uce.erase(sd, concepts, keep=keep, lam=lam)
     weights = sample.unet_tensors(sd)

@@ -22,7 +22,7 @@ import ddim
 class Safety(NamedTuple):
     """How strongly to steer away, and when."""
 
-    delta: int  # steps, out of 50, before gamma counts
+    delta: int  # steps, out of 50, before gamma is applied
     scale: float  # s_S
     threshold: float  # lambda
     momentum_scale: float  # s_m
@@ -60,7 +60,7 @@ def safe_direction(
 class SafePredictor:
     """Guides as `ddim.guided_predictor` does, and away from `concept`, (1, 77, 768).
 
-    eps = eps_null + guidance * (eps_c - eps_null - gamma); gamma counts from step delta on
+    eps = eps_null + guidance * (eps_c - eps_null - gamma); gamma from step delta on
 
     An object, since the momentum nu goes from step to step: each batch needs a new one.
     """

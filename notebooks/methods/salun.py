@@ -50,7 +50,7 @@ def saliency_mask(
         loss(unet, sd.unet, *batch, beta=0.0).mean().backward()
 
     gradients = torch.cat([W.grad.abs().flatten() for W in theta.values()])
-    rank = int((1 - fraction) * (len(gradients) - 1)) + 1  # of the smallest that is chosen
+    rank = int((1 - fraction) * (len(gradients) - 1)) + 1  # from 1, of the smallest that is chosen
     least = gradients.kthvalue(rank).values
     return {name: W.grad.abs() >= least for name, W in theta.items()}
 

@@ -6,8 +6,8 @@ Li et al., "SPEED", ICLR 2026, https://arxiv.org/abs/2503.07392, and its code. S
 prompts to keep are neither filtered nor augmented; all tokens from a prompt's last word on
 count (its code: the last word alone); the empty prompt's tokens are averaged (its code:
 three clusters). Symbols: W the weight of a value in cross-attention; features of tokens are
-columns: C_1 the concept's, C_s its anchor's, C_0 of the prompts to keep, C_2 those that stay
-exactly the same.
+columns: C_1 the concept's, C_s its anchor's (the paper's C_*), C_0 of the prompts to keep,
+C_2 the start token and the mean of the empty prompt's others, whose values don't change.
 """
 
 from typing import Sequence
@@ -30,7 +30,7 @@ def null_space(C_0: Tensor, threshold: float) -> Tensor:
 
 
 def edited(W: Tensor, C_1: Tensor, C_s: Tensor, C_2: Tensor, P: Tensor) -> Tensor:
-    """Returns W + Delta P, (D_out, D), that minimizes the following, where Delta P C_2 = 0:
+    """Returns W + Delta P, (D_out, D), where Delta minimizes, subject to Delta P C_2 = 0,
 
     || (W + Delta P) C_1 - W C_s ||^2 + || Delta P ||^2
 

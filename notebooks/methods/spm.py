@@ -4,8 +4,9 @@
 
 Lyu et al., "One-dimensional Adapter to Rule Them All", CVPR 2024,
 https://arxiv.org/abs/2312.16145, and its code. Simplified: the adapter is merged into the
-weights, without the paper's transport, which sets its strength for each prompt; a constant
-learning rate. Symbols as in erase.py; a is the anchor, r random features.
+weights, without the paper's transport, which sets its strength for each prompt; one r for
+each sample, not four; trajectories of 50 steps, not 30; plain Adam, a constant learning
+rate. Symbols as in erase.py; a is the anchor, r random features.
 """
 
 import functools
@@ -67,7 +68,7 @@ def erase(
             start[name] = W.float()
             up[name] = torch.zeros(len(W), 1, device=W.device)
             row = torch.empty(1, W[0].numel())
-            # as in LoRA: uniform, up to 1 / sqrt(columns)
+            # as in Microsoft's code of LoRA: uniform, up to 1 / sqrt(columns)
             down[name] = nn.init.kaiming_uniform_(row, a=5**0.5, generator=rng).to(W.device)
     leaves = [factor.requires_grad_() for factor in (*up.values(), *down.values())]
 

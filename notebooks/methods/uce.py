@@ -3,10 +3,11 @@
     theta = uce.erase(sd, {"star": ""}, keep=["heart", "moon"])
 
 Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024,
-https://arxiv.org/abs/2308.14761; tokens and strengths as in its code of 2023. Symbols: W
-the weight of a key or a value in cross-attention; c the features of a token, e of the
-concept, g of its guide, p of a prompt to keep. Afterwards the concept's tokens have
-nearly the guide's keys and values. (The guide is what others call the anchor.)
+https://arxiv.org/abs/2308.14761; tokens and s as in its code of 2023; lam is the default of
+that code's function (its script passes 0.5). Symbols: W the weight of a key or a value in
+cross-attention; c the features of a token, e of the concept, g of its guide, p of a
+prompt to keep. Afterwards the concept's tokens have nearly the guide's keys and values.
+(The guide is what others call the anchor.)
 """
 
 from typing import NamedTuple, Sequence
@@ -40,7 +41,7 @@ def columns(sd: StableDiffusion, prompt: str, first: int = 0) -> Tensor:
 
 
 def last_word(sd: StableDiffusion, prompt: str) -> int:
-    """Returns the place of a prompt's last token, of a word that is split its last piece.
+    """Returns the index of a prompt's last token; of a split word, that is its last piece.
 
     Of the empty prompt, it is the start token, as in its code.
     """
@@ -71,7 +72,7 @@ def tokens(
     )
 
 
-# ---- the edit (eq. 7; s and lam are its code's)
+# ---- the edit (eq. 7)
 
 
 def edited(
@@ -92,7 +93,7 @@ def edited(
 
 
 def keep_weight(keep: Sequence[str]) -> float:
-    """Returns s, smaller the more prompts stay; the empty prompt is one of them."""
+    """Returns s: 1 / (number of prompts to keep, with the empty one), but at least 0.1."""
     return max(0.1, 1 / (1 + len(keep)))
 
 
