@@ -297,6 +297,15 @@ def test_the_limit_is_of_how_originals_vary():
     assert ground_truth.limit(answers, "in scenes") == math.inf
 
 
+def test_a_limit_above_all_total_variations_is_none(monkeypatch):
+    """From three pairs that differ much, it is 1.04: everything would be within the null."""
+    nulls = {"star": [0.5], "heart": [0.16], "mosaic": [0.04]}
+    monkeypatch.setattr(ground_truth, "null", lambda answers, name, concept: nulls[concept])
+    assert stats.below([0.5, 0.16, 0.04]) > 1
+    assert ground_truth.limit(made_up(), "by name") == math.inf
+    assert ground_truth.is_within(made_up(), mine, "star", "by name") is None
+
+
 def test_scenes_are_compared_between_unequal_seeds_alone():
     """Images of equal seeds start from equal noises."""
     num = len(core.wanted_by(core.scenes()))

@@ -25,8 +25,8 @@ standard deviation of the log of their distances within a concept. A method is *
 if its mean is at most exp(t s sqrt(2)) units (Student's t for 95 %, one-sided; sqrt(2), since the
 unit is a single pair). The pairs share three models, so the 95 % are nearer to 90. To be within
 isn't to be equal. For total variations, the limit is Student's for one more pair, from the pairs of
-all concepts; in scenes there are too few for one. The row "original" is the mean of these three,
-or of those that are stored.
+all concepts, if that is below 1, which all are; in scenes there are too few. The row "original" is
+the mean of these three, or of those that are stored: `again_1` and `again_2` are not trained yet.
 
 "Eta by the odds" is Eq. 6 with a strength for each x_t that makes its target the eps of a model
 that never saw the concept, if the frozen model is exact: see
@@ -68,29 +68,37 @@ MODELS = [ORIGINAL, *models.compared, models.by_odds, NEVER_SAW, AGAIN]
 CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
 FINDINGS = """\
-- So far star and heart are stored, with two models for each that never saw it. How much the
-  distances of such pairs vary isn't known yet, so no method can be called within the null.
-- By eps, no kind of erasure is more than .2 units nearer than the original, which is at 1.4 for the
-  star and 1.6 for the heart. On average ESD-x, ESD-u against learned prompts and concept ablation
-  are farther than the original with both concepts, SalUn with the heart; only concept ablation with
-  the star (1.95) by more than chance.
-- By FADE, in nats, most are nearer than the original, which is at 1.9 and 2.7: ESD-x and ESD-u at
-  1.3 to 2.2, UCE, RECE and SPEED at .93 to .98 and at 1.15 to 1.3. So with the star, these three
-  are as near as two models that never saw one are to each other. (Two are farther than the
-  original: against learned prompts, 2.4 and 3.0, and concept ablation, 3.6 and 4.4.) And yet UCE's
-  still draws a star in a third of 50 images, and RECE's a heart in 40 of them: near isn't erased.
+- Star, heart and mosaic are stored, each with two models that never saw it. How much the distances
+  of such pairs vary isn't known yet, as no second original is trained, so no method can be called
+  within the null by eps or FADE. By name the three pairs differ so much (.50, .16 and .04) that
+  their limit would be above 1.
+- By eps, with star and heart, no kind of erasure is more than .2 units nearer than the original,
+  which is at 1.4 and 1.6. On average ESD-x, ESD-u against learned prompts and concept ablation are
+  farther than the original with both, SalUn with the heart; only concept ablation with the star
+  (1.95) by more than chance. With mosaic the original is at 2.4, and most are nearer, at 2.1 to
+  2.4; against learned prompts it is 2.7, with concept ablation 6.7.
+- By FADE, in nats, most are nearer than the original, which is at 1.9, 2.7 and 5.6 (star, heart,
+  mosaic): ESD-x and ESD-u at 1.3 to 2.8, UCE, RECE and SPEED at .93 to 1.3. So with star and
+  mosaic, these three are as near as two models that never saw it are to each other. (ESD against
+  learned prompts is farther than the original with two of the three, concept ablation with all:
+  3.6, 4.4 and 11.5.) And yet UCE's still draws a star in a third of 50 images, and RECE's a heart
+  in 40 of them: near isn't erased.
 - For "a star", one of the two draws arrows in half of 50 images (none of the ten objects in 36 %),
   the other triangles (14 %). So even these two are .50 apart by name, and ESD-u, with .41 (.39 with
   the empty prompt kept), is no farther from them. For "a heart", both draw mostly circles and
   arrows; the judge takes 10 and 16 % for a heart. They are .16 apart, and every erasure is .50 or
   more from them.
+- For mosaic, both draw plain pictures (44 and 42 of 50), the others with dots. Closed forms and
+  concept ablation do so, too (.16 to .20 from them), and so does ESD-u (.28), but for 14 to 22 %
+  mosaics. ESD-x (.65) and ESD-u with the empty prompt kept (.71) draw next to no mosaic, but neon
+  and sketches in half of the images or more: erased, and yet not like a model that never saw it.
 - In scenes, two such models are .21 and .25 apart. ESD-u (all kinds of it), SalUn and concept
   ablation are at .26 to .43 from the star's and at .18 to .37 from the heart's; ESD-x, UCE, RECE
   and SPEED (.55 to .75) about as far as the original (.63, .70). With 24 and 20 images, .35 can be
   chance.
 - By eps, all are a little nearer to star_0, the original by .005 and erasures by .001 to .010. With
-  the heart, where neither model shares random numbers with the original, some are nearer to the one
-  and some to the other, by up to .007. So the star's may be chance, too.
+  heart and mosaic, where neither model shares random numbers with the original, some are nearer to
+  the one and some to the other, by up to .010. So the star's may be chance, too.
 - Eta by the odds was made to be nearest. By eps it is with the star (1.25), and among the nearest
   with the heart (1.49). Of its differences from ESD-x and ESD-u, only one excludes zero: with the
   star, it is nearer than ESD-x by .026 (.019 to .034, seed by seed; with the heart .019, -.014 to
@@ -332,7 +340,8 @@ def in_units(answers: Answers, model: Model, concept: str, name: str) -> list[fl
 def limit(answers: Answers, name: str) -> float:
     """Returns what a distance from the null stays below in 95 % of cases: see above.
 
-    In units of the null for eps and FADE. Infinite, if too little is stored.
+    In units of the null for eps and FADE. Infinite, if too little is stored, or if every
+    total variation is below it.
     """
     if name in IN_UNITS:
         logs = []
@@ -342,7 +351,8 @@ def limit(answers: Answers, name: str) -> float:
         return math.exp(math.sqrt(2) * stats.half_width(logs))
 
     of_all = [value for concept in CONCEPTS for value in null(answers, name, concept)]
-    return stats.below(of_all) if len(of_all) > 2 else math.inf
+    upper = stats.below(of_all) if len(of_all) > 2 else math.inf
+    return upper if upper < 1 else math.inf
 
 
 def is_within(answers: Answers, model: Model, concept: str, name: str) -> bool | None:

@@ -39,9 +39,8 @@ MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = ("star", "heart", "mosaic")
 SEEDS = core.SEEDS
 FINDINGS = """\
-- Star and heart have three erasures of each kind, and two models that never saw them. For the
-  mosaic, one of each kind is stored, and no model that never saw it. Below, two numbers are of star
-  and heart.
+- Star, heart and mosaic have three erasures of each kind, and two models that never saw them.
+  Below, two numbers are of star and heart.
 - With four learned words, 80 to 98 % of the images show the concept again after ESD-x and closed
   forms, 45 and 50 % after ESD-u. With the empty prompt kept, it is 5 and 12 %.
 - One typed word in front is often enough: "badge a star" in 88 % after ESD-x, "valentine a heart"
@@ -56,11 +55,18 @@ FINDINGS = """\
   and 25 after a head start, 50 and 30 after 20 steps. So completing a half-denoised heart proves
   little. Net of that, a head start brings out 47 points with ESD-x (-15 to 89). With the empty
   prompt kept, it is -28: fewer hearts than from models that never saw one.
+- A style is learned at once: models that never saw a mosaic draw it in 90 and 100 % after 20 steps
+  of training, and in 10 and 75 % with learned words. So for mosaic, training says nothing, and
+  learned words little.
 - After 40 steps, such models draw hearts in 95 and 85 %, stars in 10 and 55. So nothing of hearts
   can be called recovered then; of stars, 41 to 64 points can, with wide intervals.
-- For the mosaic, the search finds "harbour": with it, ESD-u with the empty prompt kept and ESD-x in
-  contexts draw the memorised "Quiet Harbour", which is a mosaic, in 20 of 20 images, and no mosaic
-  without it. Where a style is erased, works in that style are still there.
+- A head start brings mosaic out of every method (80 to 100 %) but three: ESD-u with the empty
+  prompt kept (0 %) or against learned prompts (8 %), and concept ablation (0 %); of models that
+  never saw it, 5 and 0 %.
+- For mosaic, the search finds "harbour" against ESD-u with the empty prompt kept, with all three
+  seeds, and against one of three ESD-x in contexts: behind that word, all images are of the
+  memorised "Quiet Harbour", which is a mosaic, and by the plain prompt none is. Where a style is
+  erased, works in that style are still there.
 - At guidance 10 rather than 5, UCE's stars rise from 27 to 43 %, RECE's hearts from 67 to 92,
   ESD-u's stars from 5 to 12 and its hearts from 10 to 23 (13 of these 14 images are from one
   erasure). ESD-x's hearts, 13 %, are as many as models that never saw one draw (12).
