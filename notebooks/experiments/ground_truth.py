@@ -77,12 +77,12 @@ FINDINGS = """\
   farther than the original with both, SalUn with the heart; only concept ablation with the star
   (1.95) by more than chance. With mosaic the original is at 2.4, and most are nearer, at 2.1 to
   2.4; against learned prompts it is 2.7, with concept ablation 6.7.
-- By FADE, in nats, most are nearer than the original, which is at 1.9, 2.7 and 5.6 (star, heart,
-  mosaic): ESD-x and ESD-u at 1.3 to 2.8, UCE, RECE and SPEED at .93 to 1.3. So with star and
-  mosaic, these three are as near as two models that never saw it are to each other. (ESD against
-  learned prompts is farther than the original with two of the three, concept ablation with all:
-  3.6, 4.4 and 11.5.) And yet UCE's still draws a star in a third of 50 images, and RECE's a heart
-  in 40 of them: near isn't erased.
+- By FADE, in units of the null, most are nearer than the original, which is at 1.9, 2.7 and 5.6
+  (star, heart, mosaic): ESD-x and ESD-u at 1.3 to 2.8, UCE, RECE and SPEED at .93 to 1.3. So with
+  star and mosaic, these three are as near as two models that never saw it are to each other. (ESD
+  against learned prompts is farther than the original with two of the three, concept ablation with
+  all: 3.6, 4.4 and 11.5.) And yet UCE's still draws a star in a third of 50 images, and RECE's a
+  heart in 40 of them: near isn't erased.
 - For "a star", one of the two draws arrows in half of 50 images (none of the ten objects in 36 %),
   the other triangles (14 %). So even these two are .50 apart by name, and ESD-u, with .41 (.39 with
   the empty prompt kept), is no farther from them. For "a heart", both draw mostly circles and
@@ -99,11 +99,12 @@ FINDINGS = """\
 - By eps, all are a little nearer to star_0, the original by .005 and erasures by .001 to .010. With
   heart and mosaic, where neither model shares random numbers with the original, some are nearer to
   the one and some to the other, by up to .010. So the star's may be chance, too.
-- Eta by the odds was made to be nearest. By eps it is with the star (1.25), and among the nearest
-  with the heart (1.49). Of its differences from ESD-x and ESD-u, only one excludes zero: with the
-  star, it is nearer than ESD-x by .026 (.019 to .034, seed by seed; with the heart .019, -.014 to
-  .052). In nats, none does. And 23 % of its images show a star, 46 % a heart. The probable reason:
-  its target is right for drawing without guidance, and we draw with 5, which overshoots it.
+- Eta by the odds was made to be nearest. By eps it is with the star (1.25, by no more than chance),
+  and among the nearest with the heart (1.49). Of its differences from ESD-x and ESD-u, only one
+  excludes zero: with the star, it is nearer than ESD-x by .026 (.019 to .034, seed by seed; with
+  the heart .019, -.014 to .052). In nats, none does. And 23 % of its images show a star, 46 % a
+  heart. The probable reason: its target is right for drawing without guidance, and we draw with 5,
+  which overshoots it.
 """
 
 NEVER = [Reference(NEVER_SAW, seed) for seed in NEVER_SAW.seeds]

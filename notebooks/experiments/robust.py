@@ -49,17 +49,18 @@ FINDINGS = """\
   %.
 - After twenty steps of training, 57 to 97 % show the concept, 40 with ESD-x in contexts. Of hearts,
   40 % are taught: models that never saw a heart draw as many by then.
-- The same attacks bring next to nothing out of the two models that never saw a star: 10 % in one
-  and 0 in the other with learned words, 5 and 0 after a head start, 0 and 15 after 20 steps. A
-  heart is learned sooner, or is closer to what they draw anyway: 0 and 15 % with learned words, 55
-  and 25 after a head start, 50 and 30 after 20 steps. So completing a half-denoised heart proves
-  little. Net of that, a head start brings out 47 points with ESD-x (-15 to 89). With the empty
-  prompt kept, it is -28: fewer hearts than from models that never saw one.
+- The same attacks bring little out of the two models that never saw a star: 10 % in one and 0 in
+  the other with learned words, 5 and 0 after a head start, 0 and 15 after 20 steps. A heart is
+  learned sooner, or is closer to what they draw anyway: 0 and 15 % with learned words, 55 and 25
+  after a head start, 50 and 30 after 20 steps. So completing a half-denoised heart proves little.
+  Net of that, a head start brings out 47 points with ESD-x (-15 to 89). With the empty prompt kept,
+  it is -28 (-89 to 21).
 - A style is learned at once: models that never saw a mosaic draw it in 90 and 100 % after 20 steps
   of training, and in 10 and 75 % with learned words. So for mosaic, training says nothing, and
   learned words little.
 - After 40 steps, such models draw hearts in 95 and 85 %, stars in 10 and 55. So nothing of hearts
-  can be called recovered then; of stars, 41 to 64 points can, with wide intervals.
+  can be called recovered then; of stars, 41 to 64 points are on average, but no method's interval
+  excludes zero.
 - A head start brings mosaic out of every method (80 to 100 %) but three: ESD-u with the empty
   prompt kept (0 %) or against learned prompts (8 %), and concept ablation (0 %); of models that
   never saw it, 5 and 0 %.
