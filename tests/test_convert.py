@@ -736,8 +736,8 @@ def test_the_commands_that_errors_end_in_work_as_typed(
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["nowhere"], "can't convert nowhere: no such file or folder here; on the hub: "),
-    (["models/sd/v1.ckpt"], "can't convert models/sd/v1.ckpt: no such file or folder here; on "),
+    (["nowhere", "--out", "sd"], "can't convert nowhere: no such file or folder here; on the hub: "),
+    (["models/sd/v1.ckpt", "--out", "sd"], "no such file or folder here; on the hub: "),
     (["nowhere.pt", "--erased"], "can't convert nowhere.pt: it isn't a file"),
     (["nowhere.ckpt", "--model", "no/model"], "--model no/model isn't a folder"),
     (["nowhere.pt", "--erased", "--ema"], "--ema, --vae and --tokenizer are for whole models"),
