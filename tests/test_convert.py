@@ -736,7 +736,7 @@ def test_the_commands_that_errors_end_in_work_as_typed(
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["nowhere", "--out", "sd"], "can't convert nowhere: no such file or folder here; on the hub: "),
+    (["nowhere", "--out", "sd"], "can't convert nowhere: no such file or folder here; on "),
     (["models/sd/v1.ckpt", "--out", "sd"], "no such file or folder here; on the hub: "),
     (["nowhere.pt", "--erased"], "can't convert nowhere.pt: it isn't a file"),
     (["nowhere.ckpt", "--model", "no/model"], "--model no/model isn't a folder"),

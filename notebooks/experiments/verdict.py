@@ -64,8 +64,9 @@ FINDINGS = """\
   mosaic's (48 % right).
 - After twenty steps of training, star and heart are shown by 36 to 70 points more than by models
   that never saw them (ESD-x in contexts: 16), but with two such models each, the interval of every
-  single concept includes zero. For mosaic it says nothing, as all is taught by then. So who has
-  images and the weights gets most of these concepts back, or teaches them anew: this can't tell.
+  single concept includes zero. For mosaic it says nothing, as all is taught by then. An attacker
+  with images and the weights gets most of these concepts back, or teaches them anew: these numbers
+  can't tell which.
 - What doesn't follow: that SD v1 would rank the methods so. This is one world of ten objects with
   prompts that are all alike. Ranks of two seeds agree (tau .71 to .89 with all concepts together,
   .37 to .89 for each alone), but three of the eleven methods have the same weights with each seed,
