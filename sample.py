@@ -320,7 +320,7 @@ def read_json(file: Path) -> dict:
     except ValueError as error:
         raise UsageError(f"{file} holds no settings, download it again: {error}") from error
     if not isinstance(settings, dict):
-        raise UsageError(f"{file} holds no settings, but {settings}")
+        raise UsageError(f"{file} holds no settings, download it again: {settings}")
     return settings
 
 

@@ -225,7 +225,7 @@ def esd_metadata(settings: dict, model: str) -> dict[str, str]:
     """
     concepts = ", ".join(settings.get("concepts", []))
     erased_from = ""
-    if "esd_from" in settings.get("loss", ""):
+    if "esd_from" in str(settings.get("loss")):
         erased_from = settings.get("anchor")
     return {
         "format": "erasing-esd-v2",
