@@ -214,7 +214,8 @@ def test_trajectories_equal_the_reference(steps):
 
 @pytest.mark.parametrize("steps", small.TRAJECTORIES)
 def test_trajectories_equal_the_reference_tightly_on_its_schedule(steps, monkeypatch):
-    monkeypatch.setattr(ddim, "alphas_cumprod", lambda device: parity.ANSWERS["abar"])
+    abar = parity.ANSWERS["abar"].double()  # not every CPU rounds a float32 root alike
+    monkeypatch.setattr(ddim, "alphas_cumprod", lambda device: abar)
     assert difference(steps) < TOLERANCE_ON_THE_SAME_SCHEDULE
 
 

@@ -83,8 +83,14 @@ def model_outputs() -> dict:
 
 
 def trajectory(steps: int) -> torch.Tensor:
-    """Returns x_t after every step, (steps, B, 4, H, W)."""
+    """Returns x_t after every step, (steps, B, 4, H, W).
+
+    The schedule's numbers are float32, the arithmetic is float64: not every CPU rounds a float32
+    root alike.
+    """
     ddim = scheduler()
+    ddim.alphas_cumprod = ddim.alphas_cumprod.double()
+    ddim.final_alpha_cumprod = ddim.final_alpha_cumprod.double()
     ddim.set_timesteps(steps)
     x_t, = small.INPUTS["denoise"]
     visited = []
