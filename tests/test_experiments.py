@@ -1367,13 +1367,16 @@ def test_figures_show_the_numbers_of_their_tables():
 
     drawn = figures.dots({"a": {"row": [figures.Dot("here", shares)]}}, {"a": {"row": 7.5}})
     interval, dot, paper = drawn.axes[0].lines
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["here", "the paper"]
     assert [*interval.get_xdata()] == [low, high]
     assert [*dot.get_xdata()] == [mean]
     assert [*paper.get_xdata()] == [7.5] and paper.get_marker() == "x"
 
-    drawn = figures.estimates({"a": {"row": stats.Estimate(2.0, 1.0, 4.0)}}, {"a": (0, 1.5)})
-    interval, dot = drawn.axes[0].lines
+    panel = {"row": stats.Estimate(2.0, 1.0, 4.0), "null": stats.Estimate(1.0, 0.5, 1.5)}
+    drawn = figures.estimates({"a": panel}, {"a": (0, 1.5)}, grey=["null"])
+    interval, dot, of_null, _ = drawn.axes[0].lines
     assert [*interval.get_xdata()] == [1, 4] and [*dot.get_xdata()] == [2]
+    assert of_null.get_color() != interval.get_color()
     (band,) = drawn.axes[0].patches
     assert (band.get_x(), band.get_width()) == (0, 1.5)
 

@@ -334,12 +334,12 @@ def test_the_table_says_which_distances_are_within_the_null():
     table = ground_truth.table(made_up(), [core.original, mine, models.again, models.never_saw])
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     by_label = {row[1]: row for row in rows[2:] if row[0] in ("star", "all")}
-    assert by_label["mine"][2] == "0.300 (0.000 to 1.571)"
-    assert by_label["mine"][3].startswith("3.00 (")
+    assert by_label["mine"][3] == "0.300 (0.000 to 1.571)"
+    assert by_label["mine"][4].startswith("3.00 (")
     assert by_label["mine"][-1] == "eps, FADE"
-    assert by_label["*between two that never saw it*"][2:4] == ["0.100", "1.00"]
-    assert by_label["*between two originals*"][3].startswith("0.83 (")
-    assert by_label["*limit of the null*"][3] == f"{ground_truth.limit(made_up(), 'eps'):.2f}"
+    assert by_label["*between two that never saw it*"][3:5] == ["0.100", "1.00"]
+    assert by_label["*between two originals*"][4].startswith("0.83 (")
+    assert by_label["*limit of the null*"][4] == f"{ground_truth.limit(made_up(), 'eps'):.2f}"
     assert "never saw it" not in by_label
     assert "original, trained again" not in by_label
 
@@ -421,9 +421,22 @@ def test_recovery_is_net_of_what_an_attack_teaches():
     net = stats.show(robust.net(answers, mine, ["star"], "learned words"))
     assert row[titles.index("learned words")] == net and net.startswith("45.0 (")
     assert robust.net(answers, mine, ["star", "heart"], "learned words").mean == pytest.approx(45)
-    assert "| star | mine | 5.0 (" in robust.table(answers, [mine, models.never_saw])
+    assert "| star | mine | 1 | 5.0 (" in robust.table(answers, [mine, models.never_saw])
+    assert "| star | never saw it | 2 | 0.0 (" in robust.table(answers, [mine, models.never_saw])
     assert row[titles.index("at g 10")] == "0.0 (0 to 16)"  # of robust.py's images
     assert row[titles.index("by name")] == ""
+
+
+def test_a_closed_form_is_one_model_whatever_the_seed():
+    found = []
+    for model in (mine, models.uce_, core.original):
+        answers = []
+        for concept, seed in itertools.product(("star", "heart"), (0, 1)):
+            ask = robust.attacks_on(concept)
+            cell = core.cell_of(model, concept, seed, ask)
+            answers.append((cell, attacks(1, words=12, training=16)))
+        found.append(robust.num_models(answers_of(*answers), model, ("star", "heart")))
+    assert found == [4, 2, 1]
 
 
 def test_the_main_readme_has_rows_of_the_verdict():
@@ -474,7 +487,7 @@ def test_the_best_score_has_the_first_rank(monkeypatch):
     for line in verdict.table(Answers({}), rivals).splitlines()[2:]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] == "all":
-            ranks[cells[1]] = cells[2]
+            ranks[cells[1]] = cells[3]
     assert ranks == {"mine": "2", "other": "1", "third": "2"}
 
 

@@ -85,7 +85,7 @@ def dots(
                 axis.plot([low, high], [at, at], color=colour_of(i), linewidth=1)
                 axis.plot(mean, at, "o", color=colour_of(i), markersize=4)
             if paper and row in paper.get(title, {}):
-                axis.plot(paper[title][row], y, "x", color="black", label="the paper")
+                axis.plot(paper[title][row], y, "x", color="black")
         axis.set_title(title, fontsize=10)
         axis.set_xlim(-3, 103)
         axis.set_xlabel("%")
@@ -93,22 +93,27 @@ def dots(
     axes[0][0].set_yticks(range(len(rows)), rows)
     axes[0][0].invert_yaxis()
 
-    if len(series) > 1:
-        handles = [
-            pyplot.Line2D([], [], color=colour_of(i), marker="o", markersize=4, label=name)
-            for i, name in enumerate(series)
-        ]
+    handles = [
+        pyplot.Line2D([], [], color=colour_of(i), marker="o", markersize=4, label=name)
+        for i, name in enumerate(series)
+    ]
+    if paper:
+        handles.append(
+            pyplot.Line2D([], [], color="black", marker="x", linestyle="none", label="the paper")
+        )
+    if len(handles) > 1:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
 def estimates(
-    panels: dict[str, dict[str, Estimate]], bands: dict[str, Interval] | None = None
+    panels: dict[str, dict[str, Estimate]], bands: dict[str, Interval] | None = None,
+    grey: Iterable[str] = (),
 ) -> Figure:
     """Returns a panel for each thing measured, each with its own axis: rows of dots.
 
     panels: title -> row -> the mean and its interval, in the title's unit. bands: title ->
-    a range to compare with.
+    a range to compare with. grey: rows to compare with.
     """
     panels = panels or {NOTHING: {}}
     bands = bands or {}
@@ -123,9 +128,10 @@ def estimates(
             axis.axvspan(*bands[title], color="#999999", alpha=0.25, linewidth=0)
         for row, (mean, low, high) in panel.items():
             y = rows.index(row)
+            colour = "#777777" if row in grey else COLOURS[0]
             if math.isfinite(low):  # a single value has no interval
-                axis.plot([low, high], [y, y], color=COLOURS[0], linewidth=1)
-            axis.plot(mean, y, "o", color=COLOURS[0], markersize=4)
+                axis.plot([low, high], [y, y], color=colour, linewidth=1)
+            axis.plot(mean, y, "o", color=colour, markersize=4)
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes[0][0].set_yticks(range(len(rows)), rows)

@@ -9,8 +9,9 @@ Distances, all but the last for the concept's own prompt:
 - **eps**: the mean of abs(eps - eps') on the same noised images, rendered ones that show the
   concept, at five times each.
 - **FADE**: by how many nats each model knows its own images better than the other does, both ways
-  added, after [Cho et al.](https://arxiv.org/abs/2510.12981), on latents drawn without guidance
-  ([`methods/distances.py`](../methods/distances.py)).
+  added, after [Cho et al.](https://arxiv.org/abs/2510.12981). Likelihoods are approximated: by the
+  ELBO's terms at 20 values of t, equally spaced in log SNR, with one noise each, for 32 latents
+  drawn without guidance ([`methods/distances.py`](../methods/distances.py)).
 - **by name**: the total variation between what the judge sees in 50 images of the prompt, from
   the same noises for all models (0: the same; 1: nothing in common).
 - **in scenes**: the same for the held-out scenes. Images of equal seeds start from equal noises
@@ -56,6 +57,7 @@ from notebooks.experiments.core import (
     Reference,
     in_scenes,
 )
+from notebooks.experiments.models import depends_on_seed
 from notebooks.experiments.robust import prompt_of
 from notebooks.methods import distances
 from notebooks.toy import world
@@ -186,11 +188,6 @@ def compared_with(model: Model, seed: int) -> list[Reference]:
     return NEVER
 
 
-def has_one_seed(model: Model) -> bool:
-    """Whether a model's weights are the same with every seed."""
-    return model == ORIGINAL or model in models.closed_forms
-
-
 def asks_of(model: Model, seed: int, concept: str) -> list[Ask]:
     """Returns what a model is asked about a concept.
 
@@ -211,7 +208,7 @@ def cells(models, concepts, seeds) -> list[Cell]:
     for concept in concepts:
         erased = core.as_tuple(concept)
         for model, seed, each in itertools.product(models, seeds, erased):
-            if has_one_seed(model) and seed != SEEDS[0]:
+            if seed != SEEDS[0] and not depends_on_seed(model):
                 continue
             asks = asks_of(model, seed, each)
             for cell in core.grid([model], [erased], asks=asks, seeds=[seed]):
@@ -433,11 +430,13 @@ def table(answers: Answers, models: list[Model]) -> str:
         for model in models:
             cells = row(answers, model, concept)
             if model not in (NEVER_SAW, AGAIN) and any(cells):
-                rows.append([concept, model.label, *cells])
+                num = len(of_erasures(answers, model, concept, name="by name"))
+                rows.append([concept, model.label, f"{num}", *cells])
         for label, several in ALIKE.items():
             cells = row_of_pairs(answers, concept, several)
             if any(cells):
-                rows.append([concept, f"*{label}*", *cells])
+                num = len(values(answers, pairs_among(concept, several), name="by name"))
+                rows.append([concept, f"*{label}*", f"{num} pairs", *cells])
 
     limits = []
     for name in DISTANCES:
@@ -445,9 +444,9 @@ def table(answers: Answers, models: list[Model]) -> str:
         text = f"{upper:.2f}" if upper < math.inf else ""
         limits += ["", text] if name in IN_UNITS else [text]
     if any(limits):
-        rows.append(["all", "*limit of the null*", *limits, ""])
+        rows.append(["all", "*limit of the null*", "", *limits, ""])
 
-    header = ["concept", "erased by"]
+    header = ["concept", "erased by", "models"]
     for name in DISTANCES:
         header.append(name)
         if name in IN_UNITS:
@@ -492,4 +491,5 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
             upper = limit(answers, name)
             if upper < math.inf:
                 bands[title] = stats.Interval(0, upper)
-    return figures.estimates(panels, bands)
+    of_null = [f"{label}, {concept}" for label in ALIKE for concept in CONCEPTS]
+    return figures.estimates(panels, bands, grey=of_null)

@@ -53,7 +53,8 @@ MODELS = [
 ]
 CONCEPTS = tuple(dict.fromkeys(scene.object for scene in world.SCENES.values()))
 SEEDS = core.SEEDS
-PAPER = {"original": "796", "ESD-u": "134", "censored training": "417 (SD 2.0)"}
+PAPER = {"original": 796, "ESD-u": 134, "censored training": 417}  # images; the last: SD 2.0
+PAPER_IMAGES = 4703
 SHOWN = (  # in the contact sheet
     "original", "ESD-u", "ESD-x", "SLD-medium", "negative prompt", "censored training",
 )
@@ -96,10 +97,10 @@ def table(answers: Answers, models: list[Model]) -> str:
     for model in answers.answered(models, concepts, in_scenes):
         shares = [counted(answers, model, [c], COLUMNS[0]) for c in concepts]
         shares += [counted(answers, model, concepts, column) for column in COLUMNS]
-        rows.append([model.label, *map(stats.text, shares), PAPER.get(model.label, "")])
+        rows.append([model.label, *map(stats.text, shares), f"{PAPER.get(model.label, '')}"])
     of_concepts = [f"{concept} in its scenes, %" for concept in concepts]
     titles = [column.title for column in COLUMNS]
-    header = ["method", *of_concepts, *titles, "*paper, 5.2: of 4,703 images*"]
+    header = ["method", *of_concepts, *titles, f"*paper, 5.2: of {PAPER_IMAGES:,} images*"]
     differences = core.table_of_differences(answers, models, PAIRS, concepts, COLUMNS)
     return f"{core.table(header, rows)}\n\n{differences}".strip()
 
@@ -113,7 +114,8 @@ def figure(answers: Answers, models: list[Model]):
         for model in answers.answered(models, concepts, in_scenes):
             shares = counted(answers, model, concepts, column)
             panels[column.title][model.label] = [figures.Dot("here", shares)]
-    return figures.dots(panels)
+    of_paper = {label: 100 * images / PAPER_IMAGES for label, images in PAPER.items()}
+    return figures.dots(panels, {COLUMNS[0].title: of_paper})
 
 
 def scenes_of(concept: str, num: int = 4) -> list[str]:

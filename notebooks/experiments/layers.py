@@ -47,9 +47,9 @@ FINDINGS = """\
   as they were, 76 of 90 points come back, and with the feed-forward layers 47. The parts erase
   together.
 - Of what scenes imply, the ResNet blocks alone erase 40 of 61 points. Self-attention erases 10 (1
-  to 19), and with it as it was 2 come back: it doesn't decide what prompts imply, here. It has few
-  weights, but "other layers" (convolutions and norms outside of all these kinds) have hardly more
-  and erase 18.
+  to 19), and with it as it was 2 come back: ESD-u hardly needs it to erase what prompts imply.
+  (What the original uses it for, this can't tell.) It has few weights, but "other layers"
+  (convolutions and norms outside of all these kinds) have hardly more and erase 18.
 - Alone, thirds of the steps erase 1 to 10 points of the name. Only ESD-u's last third erases 25,
   nearly all of it in two erasures of the heart. But one third drawn by the original is enough to
   bring back 25 to 80 points. In scenes, each third of ESD-u's erases 21 to 29 of 61 points alone.
@@ -309,7 +309,7 @@ def table_of_patches(answers: Answers, models: list[Model]) -> str:
 
 
 def table_of_changes(answers: Answers, models: list[Model]) -> str:
-    """Returns a row for each model and kind of layer: means over matrices and erasures."""
+    """Returns a row for each model and kind of layer: an erasure's number is over its matrices."""
     rows = []
     for model in models:
         by_kind = {}
@@ -317,9 +317,11 @@ def table_of_changes(answers: Answers, models: list[Model]) -> str:
             for kind, change in answer["change"].items():
                 by_kind.setdefault(kind, []).append(Change(**change))
         for kind in [kind for kind in KINDS if kind in by_kind]:
-            size, along = mean_of(by_kind[kind])
-            shown = [along[DIRECTIONS.index(num)] for num in SHOWN]
-            cells = [f"{100 * size:.1f}", *(f"{100 * share:.0f}" for share in shown)]
+            changes = by_kind[kind]
+            cells = [stats.number([100 * change.size for change in changes])]
+            for num in SHOWN:
+                shares = [100 * change.along[DIRECTIONS.index(num)] for change in changes]
+                cells.append(stats.number(shares, digits=0, within=stats.PERCENT))
             rows.append([model.label, kind, *cells])
     header = ["erased by", "layers", "change, % of the weights' norm"]
     header += [f"along its first {num}, % of its squared norm" for num in SHOWN]
@@ -341,7 +343,8 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
                 found = found_for(answers, model)
                 for group in groups_in(found):
                     points = effects(found, how, group=group, where=where)
-                    panel[f"{model.label}: {group.replace('none', 'all')}"] = stats.student(points)
+                    row = f"{model.label}: {group.replace('none', 'all')}"
+                    panel[row] = stats.student(points, POINTS)
             if panel:
                 panels[f"{effect}, {where}, points"] = panel
     return figures.estimates(panels)

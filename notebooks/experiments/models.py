@@ -1,12 +1,16 @@
 """The models that several experiments compare, and their settings on the miniature.
 
-One protocol chose the settings of every method: as many gradient steps as ESD has with
-whole trajectories, 160, and of four learning rates (SPEED: thresholds) the one with the
-largest harmonic mean of erased and kept, on the star with seed 0, 20 images of it and 10
-of each other object. Forget-Me-Not and SPM did nothing useful as published, and were tried
-in a second form. ESD-x has half of these steps, 80, at each of a trajectory's first times: see
-cost.py. ESD-u with the empty prompt kept has two aims and 240 steps, concept ablation 480. For a
-style, all of ours take three times as many. Settings that aren't here are the files' defaults.
+One protocol chose the learning rate of every method that has one (SPEED: the threshold): as
+many gradient steps as ESD has with whole trajectories, 160, and of four rates the one with
+the largest harmonic mean of erased and kept, on the star with seed 0, 20 images of it and
+10 of each other object.
+
+Exceptions: UCE and RECE have their files' defaults. ESD-x has half of these steps, 80, at each
+of a trajectory's first times, and a rate that cost.py compares. ESD-u with the empty prompt
+kept has two aims and 240 steps, concept ablation 480. Forget-Me-Not and SPM did nothing useful
+as published, and were tried in a second form. For a style, all of these take three times as
+many steps; a stranger's method doesn't, unless it is told to. Settings that aren't here are the
+files' defaults.
 """
 
 import functools
@@ -155,6 +159,12 @@ uce_ = Model("UCE", uce.erase)
 rece_ = Model("RECE", rece.erase)
 speed_ = Model("SPEED", speed.erase, {"threshold": 10.0})
 closed_forms = (uce_, rece_, speed_)  # the same weights with every seed
+
+
+def depends_on_seed(model: Model) -> bool:
+    """Whether a model's weights differ from seed to seed, and not its images alone."""
+    return model != original and model not in closed_forms
+
 
 # As many gradient steps as ESD with whole trajectories
 ESD_STEPS = {name: WHOLE_X[name] for name in ("iterations", "batch", "steps", "every_step")}

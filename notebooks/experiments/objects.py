@@ -38,6 +38,8 @@ FINDINGS = """\
 - With ESD-u the circle and the moon resist: about a fifth is left with every seed. The heart
   resists with one seed of three, in 55 % of the images, and is gone with the other two. A single
   erasure would have shown one or the other.
+- We aimed at 5 % left with ESD-u, at most 15 of any object, and at 2 with ESD-x, the others seen in
+  95 %. Only with the empty prompt kept is it reached (but for .2 points of the others).
 - Where the empty prompt is kept as well, 0.7 % are left, at most 5 % of any object with any seed,
   and the others lose no more. Plain ESD-u drawn with guidance 1 leaves as little: what resists is
   brought back by guidance. See the guidance law.

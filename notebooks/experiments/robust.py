@@ -338,6 +338,16 @@ def net(
 # ---- the tables and the figure
 
 
+def num_models(answers: Answers, model: Model, concepts: Iterable[str]) -> int:
+    """Returns how many models a row is of: some have the same weights with every seed."""
+    found = set()
+    for concept in concepts:
+        erased = concept if model.is_about_a_concept else ""
+        for seed in answers_of(answers, model, concept):
+            found.add((erased, seed if models.depends_on_seed(model) else 0))
+    return len(found)
+
+
 def table_of_nets(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each concept and model, if a model that never saw it is attacked."""
     attacks = {attack: attack for attack in ATTACKS} | TRAININGS
@@ -358,8 +368,9 @@ def table_of_attacks(answers: Answers, models: list[Model]) -> str:
         found = answers_of(answers, model, concept)
         if found:
             cells = [stats.text(shares(found, concept, attack)) for attack in attacks]
-            rows.append([concept, model.label, *cells])
-    header = ["concept", "erased by", *(f"{title}, %" for title in attacks.values())]
+            num = f"{num_models(answers, model, [concept])}"
+            rows.append([concept, model.label, num, *cells])
+    header = ["concept", "erased by", "models", *(f"{title}, %" for title in attacks.values())]
     return core.table(header, rows)
 
 

@@ -43,7 +43,8 @@ PAPER = {  # section 5.1, by people, from 1 to 5; SLD's setting isn't given
     "original": "3.21", "ESD-x": "1.12", "SLD-medium": "2.00 (SLD)", "negative prompt": "2.22",
 }
 FINDINGS = """\
-- ESD-x leaves 6 % of the style (2 to 13 %, of neon most), and the others as they were.
+- ESD-x leaves 6 % of the style (2 to 13 %, of neon most; we aimed at 5), and the others as they
+  were.
 - The negative prompt and SLD-medium leave a style that the prompt names, and cost the others 13 to
   17 points. SLD-max removes the style, and 58 points of the others.
 """

@@ -282,12 +282,13 @@ def table(answers: Answers, models: list[Model]) -> str:
             if model.label in means:
                 rank = str(1 + sum(each > means[model.label] for each in means.values()))
             if any(cells):
-                rows.append([name, model.label, rank, *cells])
+                num = f"{robust.num_models(answers, model, concepts)}"
+                rows.append([name, model.label, num, rank, *cells])
         if tau := agreement(answers, erasing, concepts):
             lines.append(f"Kendall's tau of ranks, {name}, seeds 0 and 1, 0 and 2, 1 and 2: {tau}.")
 
     header = [
-        "concept", "erased by", "rank", *(f"{title}, %" for title in SHARES),
+        "concept", "erased by", "models", "rank", *(f"{title}, %" for title in SHARES),
         *(f"net: {title}" for title in ATTACKS), "distance", "score",
     ]
     return "\n\n".join([core.table(header, rows), *lines])
