@@ -262,9 +262,13 @@ def places(found: dict[str, Measures]) -> list[figures.Place]:
 
 
 def figure(answers: Answers, models: list[Model]):
-    """Returns a panel for each concept: what is left of it against the harm, ranked by H."""
+    """Returns a panel for each concept: what is left of it against the harm, ranked by H.
+
+    A stranger's method is red.
+    """
     panels = {}
     for concept in CONCEPTS:
         if found := stored(answers, models, concept):
             panels[concept] = places(found)
-    return figures.scatter(panels)
+    known = [model.label for model in MODELS]
+    return figures.scatter(panels, [model.label for model in models if model.label not in known])
