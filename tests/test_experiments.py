@@ -147,6 +147,16 @@ def test_mcnemars_test_counts_where_two_differ(one, other, expected):
     assert pairs == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "only_one, only_other, p", [(70, 59, 0.378688), (80, 59, 0.089452), (30, 60, 0.00206)]
+)
+def test_mcnemars_p(only_one, only_other, p):
+    """Of VassarStats, as recorded by the tests of statsmodels."""
+    one = [True] * only_one + [False] * only_other
+    pairs = stats.mcnemar(one, [not right for right in one])
+    assert pairs == (only_one, only_other, pytest.approx(p, abs=1e-6))
+
+
 def test_mcnemars_test_needs_as_many_images_of_both():
     with pytest.raises(ValueError):
         stats.mcnemar([True, True, False], [True, True])
