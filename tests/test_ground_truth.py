@@ -330,6 +330,28 @@ def test_all_models_portraits_start_from_the_same_noises(monkeypatch):
     assert drawn == [(0, ["a star"] * 50)] * 2
 
 
+@pytest.mark.robustness  # seconds
+def test_the_distance_is_that_of_the_model_and_the_trained_one(sd, monkeypatch):
+    weights = {n: 1.1 * W for n, W in sample.unet_tensors(sd).items() if "attn2.to_v" in n}
+    trained = sample.with_weights(sd, weights)
+    loaded = []
+    monkeypatch.setattr(core, "load_trained", lambda folder: loaded.append(folder) or trained)
+    context = core.Context(sd, judge=None, base="", judged_by="", weights=None, quick=True)
+    ask = ground_truth.distance("star", Reference(models.never_saw, 1))
+    cell = core.cell_of(core.original, "star", 0, ask)
+
+    found = ground_truth.measure_distances(context, sd, cell)
+    assert loaded == ["runs/never_saw/star_1/model"]
+    x_0 = sd.encode_images(ground_truth.rendered("star", context.num(8)))
+    assert found["eps"] == distances.eps_distances(sd, trained, "a star", x_0)
+    assert min(found["eps"]) > 0
+    one, other = np.array(found["FADE"])
+    assert len(one) == len(other) == 20 and one.any() and other.any()
+
+    found = ground_truth.measure_distances(context, trained, cell)
+    assert found == {"eps": [0] * 5, "FADE": [[0] * 20] * 2}
+
+
 def test_the_table_says_which_distances_are_within_the_null():
     table = ground_truth.table(made_up(), [core.original, mine, models.again, models.never_saw])
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
