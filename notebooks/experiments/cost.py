@@ -1,11 +1,11 @@
 """What an erasure costs (beyond the paper): which x_t are needed, and how many gradient steps?
 
-A call is one latent through the U-Net; a backward pass counts as two. The loss takes 5 calls,
-and each prediction on the way to x_t takes 2. In the paper's code, x_t are at a random one of 50
-steps, after 24.5 predictions on average, so 54 calls are expected for a gradient step. Calls are
-computed from the settings: exactly, where every step of a trajectory is used, else on average
-over random times. "The first 4 of 8" are the noisiest x_t of a trajectory of 8 steps, at each of
-which a gradient step is taken.
+A call is one latent through the U-Net; a backward pass counts as two. The loss takes 5 calls, and
+each prediction on the way to x_t takes 2. In the paper's code, x_t are at a random one of 50 steps,
+after 24.5 predictions on average, so 54 calls are expected for a gradient step; with one at every
+step of 8, it is 7. Calls are computed from the settings: exactly, where every step of a trajectory
+is used, else on average over random times. "The first 4 of 8" are the noisiest x_t of a trajectory
+of 8 steps, at each of which a gradient step is taken.
 
 All rows make 160 gradient steps, with a learning rate of 4e-4 (ESD-x) or 7e-5 (ESD-u), unless
 they say otherwise, and have the paper's batch of 1; "ESD-x" and "ESD-u" alone have the settings
@@ -34,34 +34,39 @@ FEWER = {  # with half of the gradient steps
 }
 
 
-def variants(name: str, base: dict) -> list[Model]:
-    """Returns all ways to draw x_t, with ESD-x or ESD-u."""
+def ways(base: dict) -> dict[str, dict]:
+    """Returns the settings of all ways to draw x_t, by name."""
     base = base | {"batch": 1}
     half = base | {"iterations": ITERATIONS // 2}
     faster = half | {"lr": 1.5 * base["lr"]}
+    fewer = f"{ITERATIONS // 2} iterations"
 
-    found = [Model(f"{name}, {x_t}", esd.erase, base | s) for x_t, s in SOURCES.items()]
-    label = f"{name}, every step of 8, {ITERATIONS // 2} iterations"
-    found.append(Model(label, esd.erase, half))
+    found = {x_t: base | settings for x_t, settings in SOURCES.items()}
+    found[f"every step of 8, {fewer}"] = half
     for x_t, settings in FEWER.items():
-        label = f"{name}, {x_t}, {ITERATIONS // 2} iterations, lr x 1.5"
-        found.append(Model(label, esd.erase, faster | settings))
+        found[f"{x_t}, {fewer}, lr x 1.5"] = faster | settings
     return found
 
 
-MODELS = [
-    models.original,
-    *variants("ESD-x", models.WHOLE_X),
-    models.esd_x(),
-    *variants("ESD-u", models.ESD_U),
-    models.esd_u(),
-]
+def variants(usual: Model, base: dict) -> dict[str, Model]:
+    """Returns a model for each way to draw x_t, by its name; `usual` is that of other tables."""
+    found = {}
+    for way, settings in ways(base).items():
+        found[way] = Model(f"{usual.label}, {way}", esd.erase, settings)
+    return found | {"as in other tables": usual}
+
+
+PAPERS = "50 steps, as in the paper"
+VARIANTS = {
+    "ESD-x": variants(models.esd_x(), models.WHOLE_X),
+    "ESD-u": variants(models.esd_u(), models.ESD_U),
+}
+MODELS = [models.original, *(model for found in VARIANTS.values() for model in found.values())]
 CONCEPTS = ("star", "heart", "moon")
 SEEDS = core.SEEDS
-PAPERS = "50 steps, as in the paper"
 PAIRS = [
-    (model.label, f"{model.label.partition(',')[0]}, {PAPERS}")
-    for model in MODELS if model.method and not model.label.endswith(PAPERS)
+    (model.label, found[PAPERS].label)
+    for found in VARIANTS.values() for model in found.values() if model != found[PAPERS]
 ]
 FINDINGS = """\
 - For 0.06 of the paper's calls, ESD-x leaves as much as with the paper's x_t: 7.2 % each, give or
@@ -119,7 +124,7 @@ def mean_seconds(answers: Answers, model: Model) -> str:
 
 def table(answers: Answers, models: list[Model]) -> str:
     """Returns a row for each model: calls, and what they buy; then differences."""
-    of_paper = calls(MODELS[1].settings)
+    of_paper = calls(VARIANTS["ESD-x"][PAPERS].settings)
     rows = []
     for model in models:
         left = answers.count(model, CONCEPTS, LEFT)
@@ -144,12 +149,16 @@ def table(answers: Answers, models: list[Model]) -> str:
 
 
 def figure(answers: Answers, models: list[Model]):
-    """Returns a row for each way to draw x_t, ESD-x and ESD-u in it."""
+    """Returns a row for each way to draw x_t, ESD-x and ESD-u in it; then other models."""
+    known = {}
+    for name, found in VARIANTS.items():
+        known |= {model.label: (way, name) for way, model in found.items()}
+
     panels = {}
     for column in (LEFT, OTHERS):
         panels[column.title] = panel = {}
         for model in models:
-            name, _, x_t = model.label.partition(", ")
+            way, name = known.get(model.label, (model.label, "other models"))
             if shares := answers.count(model, CONCEPTS, column):
-                panel.setdefault(x_t or name, []).append(figures.Dot(name, shares))
+                panel.setdefault(way, []).append(figures.Dot(name, shares))
     return figures.dots(panels)
