@@ -201,7 +201,7 @@ def gradient_steps(
 def check_concepts(concepts: list[str]) -> None:
     """Raises UsageError if there are none, or an empty one, or duplicates."""
     if not all(concept.strip() for concept in concepts) or not concepts:
-        raise UsageError(f"there is no concept to erase in {concepts}")
+        raise UsageError(f"name at least one concept, and none that is blank: {concepts}")
     for concept in concepts:
         if concepts.count(concept) > 1:
             raise UsageError(f"{concept!r} is given twice")
@@ -368,7 +368,7 @@ def to_float16(theta: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns theta as it is saved. Raises UsageError if float16 can't hold it."""
     tensors = {name: tensor.half().cpu() for name, tensor in theta.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UsageError("float16 can't hold theta, nothing was saved: lower --lr or --eta")
+        raise UsageError("float16 can't hold theta, so nothing was saved: lower --lr or --eta")
     return tensors
 
 
@@ -448,7 +448,7 @@ def data_from_flags(args: argparse.Namespace, sd: StableDiffusion) -> Callable:
 def check_flags(args: argparse.Namespace, checkpoint: Path) -> None:
     """Raises UsageError for invalid flags, before a model is loaded."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError("erase.py is one process: start it without torchrun")
+        raise UsageError("erase.py runs as one process: start it without torchrun")
     sample.check_steps_and_seeds(args.steps, [args.seed])
     check_concepts(args.concepts)
     if args.image and args.anchor is not None and args.loss == "erase:esd_loss":

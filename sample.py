@@ -442,7 +442,7 @@ def check_parts(sd: StableDiffusion) -> None:
         (sd.vae.config.latent_channels, sd.unet.config.in_channels),
     ]
     if any(a != b for a, b in pairs):
-        raise UsageError(f"its parts aren't of one model: these should be pairs: {pairs}")
+        raise UsageError(f"its parts aren't of one model: each pair should be equal: {pairs}")
 
 
 def convert_hint(source: str | Path, out: str = "", *flags: str) -> str:
@@ -567,9 +567,9 @@ def load_erased(sd: StableDiffusion, path: str | Path) -> StableDiffusion:
     old, new = unet_tensors(sd), unet_tensors(erased)
     replaced = [name for name in sd.edited & weights.keys() if not old[name].equal(new[name])]
     if replaced:
-        print(f"{path} replaces {len(replaced)} weights edited before", file=sys.stderr)
+        print(f"{path} replaces {len(replaced)} already edited weights", file=sys.stderr)
     if not is_base(sd, weights, metadata):
-        print(f"{path} was made from another model than this one", file=sys.stderr)
+        print(f"{path} was made from a different model", file=sys.stderr)
     return erased
 
 
@@ -662,7 +662,7 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
 
     args, stray = parser.parse_known_args(expanded)
     if {"prompts", "concepts"} & vars(args).keys() and words[0].startswith("-"):
-        raise UsageError(f"put prompts before options: {words[0]} comes first")
+        raise UsageError(f"put prompts before options, not after {words[0]}")
     if stray:
         raise UsageError(
             f"no use for {shlex.join(stray)}: see --help; quote each prompt and each value"

@@ -653,8 +653,8 @@ def test_a_compiled_unet_erases_saves_and_loads(sd, folder, tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     ({"method": "esdx"}, "method is 'esdx', choose esd-x or esd-u"),
-    ({"concepts": []}, "there is no concept to erase in"),
-    ({"concepts": ["star", " "]}, "there is no concept to erase in"),
+    ({"concepts": []}, "name at least one concept, and none that is blank"),
+    ({"concepts": ["star", " "]}, "name at least one concept, and none that is blank"),
     ({"concepts": torch.zeros(77, 32)}, r"shape \(77, 32\), not \(C, 77, 768\)"),
     ({"lr": -1.0}, "lr -1.0"),
     ({"lr": float("nan")}, "lr nan"),
@@ -807,7 +807,7 @@ def test_an_interrupted_write_leaves_the_old_file(sd, tmp_path, monkeypatch):
     bias = torch.ones(32)
     erase.save({name: bias}, path, {}, sd)
     for beyond in (torch.nan, torch.inf, 1e6):  # float16 ends at 65504
-        with pytest.raises(UsageError, match="float16 can't hold theta, nothing was saved"):
+        with pytest.raises(UsageError, match="float16 can't hold theta, so nothing was saved"):
             erase.save({name: bias * beyond}, path, {}, sd)
 
     def break_off(part, data):
@@ -943,7 +943,8 @@ def test_processes_of_torchrun_are_refused(folder, tmp_path, monkeypatch, capsys
     """Each would erase everything and write the same file."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     stops(monkeypatch, 2, "star", "--model", folder, "--out", tmp_path / "star.safetensors")
-    assert capsys.readouterr().err == "error: erase.py is one process: start it without torchrun\n"
+    says = "error: erase.py runs as one process: start it without torchrun\n"
+    assert capsys.readouterr().err == says
 
 
 @pytest.mark.robustness

@@ -584,7 +584,7 @@ def erased(sd, tmp_path):
 def test_erased_weights_of_another_base_are_loaded_with_a_line(sd, erased, capsys):
     loaded = sample.load_erased(changed(sd), erased)
     assert loaded.unet.conv_in.bias.tolist() == [0.0] * 32
-    assert capsys.readouterr().err == f"{erased} was made from another model than this one\n"
+    assert capsys.readouterr().err == f"{erased} was made from a different model\n"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -615,7 +615,7 @@ def test_erased_weights_that_replace_others_are_loaded_with_a_line(sd, erased, c
     other = sample.with_weights(sd, {"conv_in.bias": torch.ones(32)})
     loaded = sample.load_erased(other, erased)
     assert loaded.unet.conv_in.bias.tolist() == [0.0] * 32
-    assert capsys.readouterr().err == f"{erased} replaces 1 weights edited before\n"
+    assert capsys.readouterr().err == f"{erased} replaces 1 already edited weights\n"
 
     sample.load_erased(loaded, erased)  # the same weights again
     assert capsys.readouterr().err == ""
@@ -777,7 +777,7 @@ def test_paths_in_a_flags_file_are_relative_to_it(folder, tmp_path, monkeypatch,
     ("star --negative bad anatomy", "no use for anatomy: see --help; quote each prompt"),
     ("star --seed 1 a star --num 2", "no use for a star: see --help; quote each prompt"),
     ("star --sed 1", "no use for --sed 1: see --help; quote each prompt"),
-    ("--seed 1 star", "put prompts before options: --seed comes first"),
+    ("--seed 1 star", "put prompts before options, not after --seed"),
 ])
 def test_words_after_an_option_show_the_quotes_that_are_missing(words, says, capsys):
     assert commands.refusal(capsys, sample.main, *words.split()).startswith(f"error: {says}")
@@ -793,7 +793,7 @@ def test_several_erased_files_apply_in_order(sd, folder, tmp_path, calls, capsys
 
     command = ["a star", "--model", folder, "--out", tmp_path / "x.png"]
     commands.run(sample.main, *command, "--erased", *files)
-    assert capsys.readouterr().err == f"{files[1]} replaces 1 weights edited before\n"
+    assert capsys.readouterr().err == f"{files[1]} replaces 1 already edited weights\n"
     commands.run(sample.main, *command, "--erased", files[0], "--erased", files[2])
     assert capsys.readouterr().err == ""
     found = [(model.unet.conv_in.bias.mean().item(), model.unet.conv_out.bias.mean().item())
