@@ -366,7 +366,7 @@ def erase(
 
 def to_float16(theta: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns theta as it is saved. Raises UsageError if float16 can't hold it."""
-    tensors = {name: tensor.half().cpu() for name, tensor in theta.items()}
+    tensors = {name: tensor.half().cpu().contiguous() for name, tensor in theta.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UsageError("float16 can't hold theta, so nothing was saved: lower --lr or --eta")
     return tensors

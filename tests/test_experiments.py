@@ -778,6 +778,41 @@ def test_a_method_may_return_a_model(context, drawings):
     assert right == [Share(20, 20)]
 
 
+def test_what_a_method_does_to_its_model_stays_there(context):
+    """It may train in place: the next erasure starts from the original."""
+    def in_place(sd, concepts, keep, seed):
+        with torch.no_grad():
+            sd.unet.conv_out.bias += 1 + torch.rand(()).item()  # a number that it doesn't seed
+            sd.text_encoder.final_layer_norm.bias += 1
+        return {"conv_out.bias": sd.unet.conv_out.bias}
+
+    before = context.sd.unet.conv_out.bias.clone()
+    features = context.sd.encode(["a star"])
+    model = Model("in place", in_place)
+    moved = []
+    for concept, seed in (("star", 0), ("heart", 0), ("star", 1)):
+        torch.rand(3)  # as if something else had drawn some
+        loaded = context.load(model, (concept,), seed=seed)
+        moved.append((loaded.unet.conv_out.bias - before).mean().item())
+    assert torch.equal(context.sd.unet.conv_out.bias, before)
+    assert torch.equal(context.sd.encode(["a star"]), features)
+    assert moved[0] == moved[1] != moved[2] and max(moved) < 2.1
+
+
+@pytest.mark.parametrize("returned, says", [
+    (None, "mine returned a NoneType: return the new weights by name, or a model"),
+    ({"conv_out.bias": torch.zeros(3)}, "mine doesn't fit .* conv_out.bias"),
+    ({"unet.conv_out.bias": torch.zeros(4)}, "mine has 1 tensors, 1 not the U-Net's"),
+])
+def test_what_a_method_returns_is_checked_before_it_is_kept(context, returned, says):
+    def wrong(sd, concepts, keep, seed):
+        return returned
+
+    with pytest.raises(sample.UsageError, match=says):
+        context.load(Model("mine", wrong), ("star",), seed=0)
+    assert not context.weights.exists()
+
+
 def test_weights_that_were_made_elsewhere_are_read(context, tmp_path):
     file = tmp_path / "mine.safetensors"
     erase.save(nudge(context.sd, {}, iterations=9), file, settings={}, sd=context.sd)
@@ -1072,6 +1107,14 @@ import sample
 def my_erase(sd, concepts, keep, seed, size=0.01):
     return {"conv_out.bias": sample.unet_tensors(sd)["conv_out.bias"] + size * len(concepts)}
 """
+REFUSED = """
+import functools
+
+of_one = functools.partial(my_erase, size=1)
+
+def refuses(sd, concepts, keep, seed):
+    raise sample.UsageError("lower the rate")
+"""
 
 
 def forget(name):
@@ -1102,9 +1145,9 @@ def test_a_strangers_method_becomes_a_row_and_an_edit_makes_it_stale(command, ca
     weights = command.records()["mine/star/seed 0/by name"]["settings"]["weights"]
     assert weights["function"] == "my_file:my_erase"
     args = argparse.Namespace(
-        method="my_file:my_erase", label="mine", set=["iterations=80"], files=[], concept=None)
+        method="my_file:my_erase", label="mine", set=["size=80"], files=[], concept=None)
     (mine,) = run.new_models(args)
-    assert (mine.times_for_a_style, mine.settings) == (1, {"iterations": 80})  # as it was told
+    assert (mine.times_for_a_style, mine.settings) == (1, {"size": 80})  # as it was told
     assert drawn(STRANGER.replace("+ size", "+  # added\n            size")) == 0
     assert drawn(STRANGER.replace("+ size", "- size")) == 4
     assert drawn(STRANGER, "--set", "size=2") == 4
@@ -1119,16 +1162,27 @@ def test_files_become_rows_that_erase_several_at_once(command, sd, capsys):
     erase.save(nudge(sd, {}, size=1), command.folder / "b.safetensors", settings={}, sd=sd)
     command("--files", "a.safetensors", "b.safetensors", "--concept", "star", "heart")
     printed = capsys.readouterr().out
+    both = "(star and heart together)"
     for label in ("a", "b"):  # the moon is the only other
-        assert f"| {label} | 2/2 + 2/2 | 2/2 + 2/2 | 2/2 + 2/2 | 2/2 + 2/2 |" in printed
+        assert f"| {label} {both} | 2/2 + 2/2 | 2/2 + 2/2 | 2/2 + 2/2 | 2/2 + 2/2 |" in printed
     assert ROW in printed
     assert len(command.drawings) == 4  # two seeds of a and of b
-    assert "a/star+heart/seed 0/by name" in command.records()
+    assert f"a {both}/star+heart/seed 0/by name" in command.records()
     assert "nudged/star/seed 0/by name" in command.records()
 
     erase.save(nudge(sd, {}, size=2), command.folder / "a.safetensors", settings={}, sd=sd)
-    command("--files", "a.safetensors", "--concept", "star", "heart")
+    command("--files", "a.safetensors", "--concept", "star", "--concept", "heart")
     assert len(command.drawings) == 2  # other weights under the same name
+
+
+def test_a_refusal_names_the_cell(command, capsys):
+    forget("my_file")
+    (command.folder / "my_file.py").write_text(STRANGER + REFUSED)
+    with pytest.raises(SystemExit):
+        command("--method", "my_file:refuses", "--label", "mine")
+    errors = capsys.readouterr().err
+    assert errors.splitlines()[-1] == "error: mine/star/seed 0/by name: lower the rate"
+    forget("my_file")
 
 
 @pytest.mark.parametrize(
@@ -1139,6 +1193,11 @@ def test_files_become_rows_that_erase_several_at_once(command, sd, capsys):
         (["--processes", 0], "--processes is 0"),
         (["--seeds", 0], "--seeds 0"),
         (["--method", "my_file:my_erase", "--set", "size"], "write NAME=VALUE"),
+        (["--method", "my_file:my_erase", "--set", "size=1", "seed=5"], "is given seed for each"),
+        (["--method", "my_file:my_erase", "--set", "size=True"], "write true, false or null"),
+        (["--method", "my_file:my_erase", "--set", "lr=1", "--set", "size=1"],
+         "--method my_file:my_erase: got an unexpected keyword argument 'lr'"),
+        (["--method", "my_file:of_one"], "--method my_file:of_one isn't a function: write one"),
         (["--method", "no_such_file:my_erase"], "No module named 'no_such_file'"),
         (["--method", "my_file:other"], "my_file has no function 'other'"),
         (["--method", "my_file.py"], "No module named 'my_file.py'"),
@@ -1153,7 +1212,7 @@ def test_files_become_rows_that_erase_several_at_once(command, sd, capsys):
 )
 def test_bad_input_is_refused_in_one_line(command, capsys, words, message):
     forget("my_file")
-    (command.folder / "my_file.py").write_text(STRANGER)
+    (command.folder / "my_file.py").write_text(STRANGER + REFUSED)
     line = commands.refusal(capsys, run.main, "tiny", "--results", "results", *words)
     assert message in line
     assert not command.drawings
@@ -1581,4 +1640,13 @@ def test_a_strangers_method_in_the_folder_where_the_command_runs(tmp_path):
     process = start(tmp_path, *words, "--method", "my_file:my_erase")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "my_file.py" in errors and errors.strip().endswith("ZeroDivisionError: division by zero")
+    assert "my_file.py" in errors and "ZeroDivisionError: division by zero" in errors
+    assert "at mine/star/seed 0" in errors
+
+    # as if memory had run out; with a style, there are two erasures for two processes
+    ends = STRANGER.replace("return", "__import__('os')._exit(9);")
+    (tmp_path / "my_file.py").write_text(ends)
+    process = start(tmp_path, "styles", *words, "--method", "my_file:my_erase")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith("error: a process was ended from outside")

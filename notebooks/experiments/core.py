@@ -11,6 +11,7 @@ An answer whose settings have changed is computed anew; one that another experim
 is taken from there.
 """
 
+import copy
 import functools
 import inspect
 import json
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
+import torch
 from PIL import Image
 
 import erase
@@ -538,12 +540,20 @@ class Context(NamedTuple):
         given = {key: settings[key] for key in ("concepts", "keep", "seed")}
         if "iterations" in settings:
             given["iterations"] = settings["iterations"]
+        own = copy.deepcopy(self.sd)  # whatever the method does to it, others start afresh
+        torch.manual_seed(seed)  # for methods with random numbers that they don't seed
         began = time.perf_counter()
-        made = model.method(self.sd, **model.settings | given)
+        made = model.method(own, **model.settings | given)
+        seconds = time.perf_counter() - began
         if isinstance(made, StableDiffusion):  # it changes more than the U-Net: not kept
             return made
 
-        seconds = time.perf_counter() - began
+        if not isinstance(made, dict):
+            what = type(made).__name__
+            raise UsageError(
+                f"{model.label} returned a {what}: return the new weights by name, or a model"
+            )
+        sample.with_weights(self.sd, made, source=model.label)  # refuses what the U-Net hasn't
         self.weights.mkdir(parents=True, exist_ok=True)
         erase.save(made, file, settings=settings | {"seconds": seconds}, sd=self.sd)
         return sample.load_erased(self.sd, file)

@@ -342,9 +342,9 @@ def num_models(answers: Answers, model: Model, concepts: Iterable[str]) -> int:
     """Returns how many models a row is of: some have the same weights with every seed."""
     found = set()
     for concept in concepts:
-        erased = concept if model.is_about_a_concept else ""
         for seed in answers_of(answers, model, concept):
-            found.add((erased, seed if models.depends_on_seed(model) else 0))
+            cell = core.cell_of(model, concept, seed, attacks_on(concept))
+            found.add((cell.concepts, seed if models.depends_on_seed(model) else 0))
     return len(found)
 
 

@@ -13,15 +13,17 @@ results in notebooks/experiments/results are read, never written, unless
 """
 
 import argparse
-import functools
+import concurrent.futures
 import importlib
+import inspect
 import json
 import multiprocessing
 import signal
 import sys
 import types
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -162,16 +164,21 @@ class Answered(NamedTuple):
 def answer(setup: Setup, cells: list[Cell]) -> list[Answered]:
     """Answers cells that have the same weights."""
     context = core.open_context(*setup)
-    first = cells[0]
-    sd = context.load(first.model, first.concepts, first.seed)
-
+    cell = cells[0]
     answered = []
-    for cell in cells:
-        record = {
-            "settings": context.settings(cell),
-            "answer": cell.ask.answer(context, sd, cell),
-        }
-        answered.append(Answered(cell, json.loads(json.dumps(record))))
+    try:
+        sd = context.load(cell.model, cell.concepts, cell.seed)
+        for cell in cells:
+            record = {
+                "settings": context.settings(cell),
+                "answer": cell.ask.answer(context, sd, cell),
+            }
+            answered.append(Answered(cell, json.loads(json.dumps(record))))
+    except UsageError as error:
+        raise UsageError(f"{cell.key}: {error}") from error
+    except Exception as error:
+        error.add_note(f"at {cell.key}")  # a method's own error keeps its traceback
+        raise
     return answered
 
 
@@ -192,8 +199,22 @@ def answers(
             yield answer(setup, cells)
         return
 
-    with multiprocessing.get_context("spawn").Pool(processes, one_of_several) as pool:
-        yield from pool.imap_unordered(functools.partial(answer, setup), groups)
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=one_of_several
+    ) as pool:
+        try:
+            jobs = [pool.submit(answer, setup, cells) for cells in groups]
+            for job in concurrent.futures.as_completed(jobs):
+                yield job.result()
+        except BrokenProcessPool as error:
+            raise UsageError(
+                "a process was ended from outside, perhaps as memory ran out: try --processes 1; "
+                "what was answered is kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # at an error or Ctrl-C, what it computes isn't wanted
 
 
 def with_equal_weights(context: Context, cells: list[Cell]) -> list[list[Cell]]:
@@ -237,6 +258,10 @@ def settings_from(given: list[str]) -> dict:
         name, is_pair, value = each.partition("=")
         if not is_pair:
             raise UsageError(f"--set {each}: write NAME=VALUE, such as iterations=80")
+        if name in ("sd", "concepts", "keep", "seed"):
+            raise UsageError(f"--set {each}: a method is given {name} for each cell")
+        if value in ("True", "False", "None"):
+            raise UsageError(f"--set {each}: write true, false or null, as in JSON")
         try:
             settings[name] = json.loads(value)
         except ValueError:
@@ -244,19 +269,35 @@ def settings_from(given: list[str]) -> dict:
     return settings
 
 
+def check_method(method: Callable, name: str, settings: dict) -> None:
+    """Raises UsageError unless it is a function that takes what it will be given."""
+    if not inspect.isfunction(method):
+        raise UsageError(f"--method {name} isn't a function: write one with def")
+    try:
+        inspect.signature(method).bind(None, concepts={}, keep=[], seed=0, **settings)
+    except TypeError as error:
+        raise UsageError(
+            f"--method {name}: {error}; it is called with sd, concepts, keep, seed and --set"
+        ) from error
+
+
 def new_models(args: argparse.Namespace) -> list[Model]:
     """Returns the models that the command line adds to the experiments' own."""
     models = []
     together = tuple(args.concept or ())  # what each of them erases
+    added = f" ({' and '.join(together)} together)" if len(together) > 1 else ""
     if args.method:
         method = erase.find_function("--method", args.method)
+        settings = settings_from(args.set)
+        check_method(method, args.method, settings)
         models.append(Model(
-            args.label or args.method, method, settings_from(args.set), together=together,
+            (args.label or args.method) + added, method, settings, together=together,
             times_for_a_style=1,
         ))
     for file in args.files:
-        sample.read_tensors(file)  # refused here, not in the middle of a run
-        models.append(Model(file.stem, file=str(file), together=together))
+        sd = core.open_context(args.model, args.weights, args.quick).sd
+        sample.load_erased(sd, file)  # refused here, not in the middle of a run
+        models.append(Model(file.stem + added, file=str(file), together=together))
     return models
 
 
@@ -447,14 +488,17 @@ def main() -> None:
         help=f"all, or some of {', '.join(NAMES)}")
     add("--quick", action="store_true", help="tries the code: two iterations, few images")
     add("--anew", action="store_true", help="takes no answer from the shipped results")
-    add("--only", nargs="+", metavar="LABEL", help="only these of an experiment's models")
+    add("--only", nargs="+", action="extend", metavar="LABEL",
+        help="only these of an experiment's models")
     add("--seeds", type=int, help="erasures of each kind, each with images of its own")
 
     add("--method", metavar="MODULE:FUNCTION", help="a method of your own: a new row")
     add("--label", help="what its row is called")
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of --method")
-    add("--files", nargs="+", type=Path, default=[], help="weights made elsewhere: new rows")
-    add("--concept", nargs="+", metavar="NAME",
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="settings of --method")
+    add("--files", nargs="+", action="extend", type=Path, default=[],
+        help="weights made elsewhere: new rows")
+    add("--concept", nargs="+", action="extend", metavar="NAME",
         help="only these; new rows erase all of them, together")
 
     add("--model", type=Path, default=core.TOY, help="the miniature, with its judge")
