@@ -590,6 +590,7 @@ CHEATS = {  # of exercise 1.2: cells, and what is said
     "an error in another function": (["def broken(:", ADD + "return x_0"], "eq. 4"),
     "an error in the cell": ([ADD + "y = 1\n    return x_0 +"],
                              "line 3 of its cell isn't Python: return x_0 + (invalid syntax)"),
+    "half an emoji": ([ADD + "return x_0  # \ud83d"], "its cell can't be read"),
     "a return outside of a function": ([ADD + "return x_0\nreturn 1"], "line 3 of its cell isn't"),
     "a helper that is missing": ([ADD + "return helper(x_0)"], "it raises NameError"),
     "half right": ([ADD + "return abar_t * x_0 + (1 - abar_t) * noise"],
@@ -691,6 +692,16 @@ def test_an_exercise_that_is_left_out_counts(tmp_path):
 def test_the_notebook_is_known_by_its_functions(title, tmp_path):
     graded = marks(submitted(tmp_path, 5, ADD + ROOTS, title=title))
     assert graded == {"1.2": (1, "right"), "1.3": (0, cases.NOT_YET)}
+
+
+def test_a_helper_from_another_notebook_doesnt_make_it_that_one():
+    """Notebook 4 has one exercise, and an interval and McNemar's test are of use there."""
+    cells = ["def my_interval(): ...", "def my_mcnemar(): ..."]
+    number = checks.EXERCISES["my_interval"].number[0]
+    assert grade.chapter_of("4", cells) == number != "4"  # nothing of 4 is there
+    name = next(name for name, each in checks.EXERCISES.items() if each.number[0] == "4")
+    assert grade.chapter_of("4", [*cells, f"def {name}(): ..."]) == "4"
+    assert grade.chapter_of("", ["my_intervals = 1"]) == ""
 
 
 def test_the_notebook_is_known_by_its_heading_without_functions(tmp_path):

@@ -101,13 +101,16 @@ def main() -> None:
 
     files = sorted(FOLDER.glob("[0-9]_*.ipynb"))
     if args.numbers:
-        files = [file for file in files if file.name[0] in args.numbers]
+        known = {file.name[0]: file for file in files}
+        if unknown := {*args.numbers} - {*known}:
+            wrong = " ".join(sorted(unknown))
+            parser.exit(2, f"error: no notebook {wrong}: choose from {' '.join(known)}\n")
+        files = [known[number] for number in args.numbers]
 
     os.environ["OMP_NUM_THREADS"] = "1"  # the kernels inherit it
     with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
         problems = [*filter(None, pool.map(functools.partial(execute, write=args.write), files))]
-    print("\n".join(problems), file=sys.stderr)
-    sys.exit(bool(problems) or not files)
+    sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,8 +155,10 @@ def ask(folder: Path, question: dict, seconds: int) -> dict:
             process.wait()
             kill_all_but(others)  # also in a session of its own
 
-        if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        if process.returncode == -signal.SIGXCPU:
             return {"why": f"wrong: it takes more than {seconds} seconds"}
+        if process.returncode == -signal.SIGKILL:
+            return {"why": f"wrong: it takes more than {seconds} seconds, or too much memory"}
         out.seek(0)
         written = out.read(2**26)
     if not written:
@@ -190,6 +193,8 @@ def grade_one(cells: list[str], name: str, seconds: int) -> str:
     except SyntaxError as error:
         line = (error.text or "").strip()
         return f"wrong: line {error.lineno} of its cell isn't Python: {line} ({error.msg})"
+    except (ValueError, RecursionError, MemoryError) as error:  # half an emoji, endless sums
+        return f"wrong: its cell can't be read: {error}"
     if not statements:
         return cases.NOT_YET
 
@@ -215,11 +220,14 @@ def grade_one(cells: list[str], name: str, seconds: int) -> str:
 
 
 def chapter_of(number: str, cells: list[str]) -> str:
-    """Returns a notebook's number: by the functions in its cells, without any by its heading."""
+    """Returns a notebook's number: its heading's, if it has a function of that one.
+
+    Else that of which it has the most functions.
+    """
     found = []
     for name, exercise in checks.EXERCISES.items():
-        found += [exercise.number[0]] * any(name in cell for cell in cells)
-    return max(found, key=found.count, default=number)
+        found += [exercise.number[0]] * any(re.search(rf"\b{name}\b", cell) for cell in cells)
+    return number if number in found else max(found, key=found.count, default=number)
 
 
 def read(file: Path) -> submission.Submission | UsageError:
