@@ -21,6 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 TRAIN_STEPS = 1000
+MOST_STEPS = TRAIN_STEPS // 2
 BETA_START = 0.00085  # Stable Diffusion v1's
 BETA_END = 0.012
 
@@ -38,10 +39,12 @@ def timesteps(steps: int) -> list[int]:
     """Returns the times that `steps` steps visit, noisiest first; of 50: 981, ..., 21, 1.
 
     Where `steps` doesn't divide 1000, the times are diffusers', which takes exactly
-    `steps` steps; CompVis's code takes more. Raises ValueError outside 1..999.
+    `steps` steps; CompVis's code takes more. The first is then lower, 799 of 400, and of 1
+    to 3 steps, too, although sampling starts with noise. Above 500, it would be far too low,
+    501 of 501: raises ValueError outside 1..500.
     """
-    if not 1 <= steps < TRAIN_STEPS:
-        raise ValueError(f"steps is {steps}, choose 1 to {TRAIN_STEPS - 1}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps is {steps}, choose 1 to {MOST_STEPS}")
 
     stride = TRAIN_STEPS // steps
     return [k * stride + 1 for k in reversed(range(steps))]  # + 1 as in SD's own code
@@ -88,6 +91,7 @@ def step(x_t: Tensor, eps: Tensor, abar_t: Tensor, abar_prev: Tensor) -> Tensor:
 def guide(eps_null: Tensor, eps_c: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance, Eq. 3 of ESD: eps_null + guidance * (eps_c - eps_null).
 
+    guidance is ESD's alpha, and 1 + w of Ho and Salimans; 1 follows the prompt alone.
     A negative prompt takes the place of the empty one.
     """
     return eps_null + guidance * (eps_c - eps_null)

@@ -49,7 +49,7 @@ class Text(NamedTuple):
 
     concept: Tensor  # c
     null: Tensor
-    anchor: Tensor  # what x_t is drawn for: c, unless another prompt is given
+    anchor: Tensor  # what x_t is drawn for, not what c becomes: c, unless another prompt is given
     index: int = 0  # of the concept, where several are erased
 
 
@@ -91,9 +91,10 @@ def x_t_from_model(
 ) -> Iterator[Batch]:
     """Yields x_t that unet, in the paper eps_theta, denoised to a random t (section 4).
 
-    Each trajectory is for one random concept; all x_t in a batch share it and t.
-    every_step: yields every x_t of a trajectory, not just one. That is cheaper, and
-    each comes from the theta that was just updated, since `denoise` is lazy.
+    t is one of the sampler's `steps` times. Each trajectory is for one random concept; all
+    x_t in a batch share it and t.
+    every_step: yields every x_t of a trajectory, not just one. That is cheaper, but no
+    trajectory is one model's: `denoise` is lazy, and takes each step with the newest theta.
     """
     while True:
         text = texts[torch.randint(len(texts), (1,), generator=rng).item()]
@@ -116,6 +117,7 @@ def x_t_from_images(
 ) -> Iterator[Batch]:
     """Yields x_t that are memorised images, noised to a random t (section 5.4).
 
+    t is one of the sampler's `steps` times; all x_t in a batch share it and the image.
     latents: an image for each of the texts, (len(texts), 4, H, W). unet isn't used.
     """
     abar = ddim.alphas_cumprod()
@@ -146,7 +148,7 @@ def trainable_copies(
 
 
 def with_theta(frozen: nn.Module, theta: dict[str, Tensor] | Callable) -> Callable:
-    """Returns unet(x_t, t, c): `frozen`, called with the newest theta in place.
+    """Returns unet(x_t, t, c): `frozen`, called with the newest theta in place, in its dtype.
 
     theta: a dict, or a function that returns one, such as theta* + up @ down for a
     LoRA. Both models are one module: a hook or an adapter on it acts on theta* too, and
@@ -186,10 +188,13 @@ def gradient_steps(
 
         optimizer.zero_grad()
         (SCALE * loss).backward()
+        gradients = []
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad /= SCALE
+            gradients += [W.grad for W in group["params"] if W.grad is not None]
+        for gradient in gradients:
+            gradient /= SCALE
+        if not nn.utils.get_total_norm(gradients).isfinite():
+            raise UsageError(f"a gradient at t = {t.tolist()} isn't finite: try --dtype float32")
         optimizer.step()
         torch.clear_autocast_cache()  # of a caller's autocast: it has the old theta
         yield loss.item()
@@ -308,7 +313,8 @@ def erase(
 ) -> dict[str, Tensor]:
     """Runs ESD and returns theta; `sd` isn't changed.
 
-    The defaults are the paper's values, or its code's where the paper gives none.
+    The defaults are the paper's values, or its code's where the paper gives none; both
+    compute in float32, and here sd's dtype is used.
 
     concepts: as `texts_for` takes them.
     data: called with (unet, texts, shape, rng); its other arguments are bound with

@@ -78,7 +78,7 @@ class StableDiffusion:
         token_ids = self.tokenizer(prompts, verbose=False).input_ids  # we warn ourselves
         for prompt, ids in zip(prompts, token_ids):
             if len(ids) > length:
-                warnings.warn(f"cut to the first {length} of {len(ids)} tokens: {prompt!r}")
+                warnings.warn(f"cut from {len(ids)} to {length} tokens: {prompt!r}")
 
         tokens = self.tokenizer(
             prompts, padding="max_length", max_length=length, truncation=True
@@ -132,8 +132,8 @@ def image_size(sd: StableDiffusion, size: int | tuple[int, int] | None) -> tuple
 
 def check_steps_and_seeds(steps: int, seeds: list[int]) -> None:
     """Raises UsageError for an invalid number of steps or seed."""
-    if not 1 <= steps < ddim.TRAIN_STEPS:
-        raise UsageError(f"steps is {steps}, choose 1 to {ddim.TRAIN_STEPS - 1}")
+    if not 1 <= steps <= ddim.MOST_STEPS:
+        raise UsageError(f"steps is {steps}, choose 1 to {ddim.MOST_STEPS}")
     for seed in seeds:
         if not 0 <= seed < 2**63:
             raise UsageError(f"seed is {seed}, choose 0 to {2**63 - 1}")

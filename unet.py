@@ -10,7 +10,8 @@ are.
 
 Shapes: B batch, C channels, H W feature map, N = H*W tokens of it, M tokens of context
 (N in self-attention, the text's 77 in cross-attention), D width of a token, h heads,
-d = D/h. emb is the time embedding, (B, 4 * C of the first level).
+d = D/h; in forward, h is the hidden features. emb is the time embedding, (B, 4 * C of the
+first level).
 """
 
 import math
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list, for to_out.0
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        def split(tokens):  # (B, N, D) -> (B, h, N, D/h)
+        def split(tokens):  # (B, N or M, D) -> (B, h, N or M, D/h)
             return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         q = split(self.to_q(x))
@@ -211,6 +212,7 @@ class Level(nn.Module):
                 )
 
     def layer(self, i: int, x: Tensor, emb: Tensor, text: Tensor) -> Tensor:
+        """Returns the output of a resnet and its transformer: (B, C_in, H, W) -> (B, C_out, H, W)."""
         x = self.resnets[i](x, emb)
         return self.attentions[i](x, text) if self.attentions else x
 
@@ -335,7 +337,9 @@ class UNet(nn.Module):
         x = self.mid_block(skips[-1], emb, text)  # (B, 1280, 8, 8)
 
         for block in self.up_blocks:
-            own_skips = [skips.pop() for _ in block.resnets]
+            own_skips = []
+            for _ in block.resnets:
+                own_skips.append(skips.pop())  # the latest first
             x = block(x, emb, text, own_skips)  # (B, 320, 64, 64) after the last
 
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)

@@ -246,6 +246,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(sd):
         erase.erase(sd, ["star"], loss_fn=loss, **QUICK)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(sd):
+    """Though the loss is, as may happen in float16."""
+    def loss(unet, frozen, x_t, t, text, eta):
+        losses = erase.esd_loss(unet, frozen, x_t, t, text, eta)
+        return losses.detach() + (losses - losses.detach()).sqrt()  # of 0: its slope is infinite
+
+    with pytest.raises(UsageError, match=r"a gradient at t = \[\d+\] isn't finite: try --dtype"):
+        erase.erase(sd, ["star"], loss_fn=loss, **QUICK)
+
+
 # The whole: erase
 
 def test_only_the_chosen_tensors_come_back_and_the_model_is_untouched(sd):
@@ -916,7 +926,7 @@ def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("arguments, says", [
     (["--model", "nowhere"], "can't load nowhere: "),
-    (["--steps", "1000"], "steps is 1000"),
+    (["--steps", "501"], "steps is 501, choose 1 to 500"),
     (["--iterations", "-1"], "iterations -1"),
     (["--batch", "0"], "batch 0"),
     (["--image", "a.png", "b.png"], "2 images for 1 concepts"),

@@ -299,7 +299,7 @@ def test_a_size_that_cannot_be_halved_is_refused(sd, size, says):
 
 
 def test_a_long_prompt_is_cut_with_a_warning(sd):
-    with pytest.warns(UserWarning, match="cut to the first 77 of 102 tokens"):
+    with pytest.warns(UserWarning, match="cut from 102 to 77 tokens"):
         assert sd.encode(["star " * 100]).shape == (1, 77, 32)
 
 

@@ -1,6 +1,6 @@
 """How far apart are two models? By their predictions, and by the likelihood of each other's images.
 
-    x_0 = sd.encode_images(images)                        # any images: no model's own
+    x_0 = sd.encode_images(images)                        # images that neither model drew
     distances.eps_distances(erased, never_saw, "a star", x_0)
 
     one, other = (distances.own_images(sd, "a star") for sd in (erased, never_saw))
@@ -54,7 +54,9 @@ def eps_distances(
 def surprise(
     sd: StableDiffusion, prompt: str, x_0: Tensor, seed: int = 0, terms: int = 20
 ) -> Tensor:
-    """Returns the terms of a bound on -log p(x_0 | c) of latents (B, 4, H, W): (terms, B).
+    """Returns the terms of the negative ELBO of latents (B, 4, H, W), (terms, B).
+
+    It is a bound on -log p(x_0 | c): how surprised a model is by x_0.
 
     Their sum estimates the bound, in nats, up to a constant:
 

@@ -42,7 +42,7 @@ def x_t_from_frozen(
 ) -> Iterator[Batch]:
     """Yields what `data` does, drawn by the original model in place of `unet`.
 
-    The official code has done so since 2025. options: what `data` takes.
+    `esd_sd.py`, official code, has done so since 2025. options: what `data` takes.
     """
     return data(frozen, texts, shape, rng, **options)
 

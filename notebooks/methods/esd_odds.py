@@ -27,7 +27,8 @@ def log_ratio(unet: Callable, x_t: Tensor, t: Tensor, c: Tensor, null: Tensor,
     """Estimates log [p_t(x_t|c) / p_t(x_t)], (B,), from the model's predictions alone.
 
     Noises x_t further, in jumps, to t = 999, where c and null are taken to be equally likely.
-    A jump goes from s to s', with noise n of its own, the same in every call. DDPM's reverse
+    A jump goes from s to s', with noise n of its own. It is the same in every call, so the
+    estimate depends on x_t and t alone, and its error doesn't average out. DDPM's reverse
     step (eq. 7 and 11) goes back, with either prompt. The log of how much likelier c's lands
     where x_s is than null's is
 

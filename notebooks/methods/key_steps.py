@@ -4,8 +4,8 @@ r"""Key steps: ESD with a gradient step at each of a trajectory's first, noisies
         --iterations 500 --lr 1.5e-5
 
 Early steps decide what an image shows. A trajectory cut in half takes half the gradient steps,
-so half of --iterations sees as many starting noises; then multiply the learning rate by 1.5.
-Related methods choose
+so half of --iterations sees as many starting noises; the learning rate is then multiplied by 1.5
+(cost.py compares). erase.py always hands over its --steps, 50 by default. Related methods choose
 the steps in other ways: KSCU (https://arxiv.org/abs/2507.06526) and SPARE
 (https://arxiv.org/abs/2602.07058).
 """

@@ -5,8 +5,7 @@ r"""A LoRA trained with ESD's loss, as an example of a method of your own.
 
 Hu et al., "LoRA", ICLR 2022, https://arxiv.org/abs/2106.09685 (section 4.1): a weight
 becomes W + up @ down, of low rank (here without a scale), and only up and down are trained.
-The defaults are the
-miniature's.
+The defaults are the miniature's.
 """
 
 import torch

@@ -7,7 +7,7 @@
     images = sample.generate(sd, ["a red star"], predictor=predictor)
 
 Schramowski et al., "Safe Latent Diffusion", CVPR 2023, https://arxiv.org/abs/2211.05105.
-One of the two baselines in the ESD paper. Symbols as in ddim.py; s is the concept to
+One of the ESD paper's baselines. Symbols as in ddim.py; s is the concept to
 avoid.
 """
 
