@@ -507,10 +507,13 @@ def test_a_codes_checksum_changes_with_what_it_does(module_of):
 def test_what_a_method_of_ones_own_imports_from_its_folder_counts(module_of):
     source = "import json\nimport my_helper\n"
     by_name = "from my_helper import scale\n"
+    constant = "from my_helper import LR\n"
+    inside = "def erase():\n    import my_helper\n"
 
     def checksums_with(of_helper):
-        module_of(of_helper, "my_helper")
-        return [checksums.code_of(module_of(each)) for each in (source, by_name)]
+        module_of("LR = 1\n" + of_helper, "my_helper")
+        sources = (source, by_name, constant, inside)
+        return [checksums.code_of(module_of(each)) for each in sources]
 
     first = checksums_with(HELPER)
     changed = checksums_with(HELPER.replace("2 * x", "3 * x"))
@@ -525,8 +528,8 @@ def test_our_six_files_do_not_count_where_ones_own_lies_next_to_them(module_of):
     assert [*checksums.modules_used(module)] == [module.__name__]
 
     module_of(HELPER, "notebooks.experiments.helper")
-    experiment = module_of("", "notebooks.experiments.x")
-    experiment.h = sys.modules["notebooks.experiments.helper"]
+    source = "import notebooks.experiments.helper\n"
+    experiment = module_of(source, "notebooks.experiments.x")
     assert [*checksums.modules_used(experiment)] == [experiment.__name__]
 
 

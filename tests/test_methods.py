@@ -917,9 +917,24 @@ def test_the_attack_finds_tokens_that_bring_the_concept_back():
     assert (attacked[:, 77:78] - attacked[:, 78:]).abs().amax(dim=2).min() > 0.1  # no two alike
 
 
+def test_the_attack_sees_gradients_that_float16_rounds_to_0():
+    c = torch.zeros(2, 77, 64).half()
+    x_t = torch.zeros(2, 4, 8, 8).half()
+    start = adversarial_esd.attack(attackable, x_t, x_t, 1, c, steps=0)
+    target = attackable(x_t, 1, start) + 1e-4
+    attacked = adversarial_esd.attack(attackable, target, x_t, 1, c, steps=1)
+    assert (attacked != start)[:, 77:].all()
+
+
+def test_salun_refuses_a_mask_of_gradients_that_are_0(sd):
+    flat = sample.with_weights(sd, {"conv_out.weight": 0 * sd.unet.conv_out.weight})
+    with pytest.raises(sample.UsageError, match="of the gradients should be 0: use float32"):
+        salun.erase(flat, {"star": ""}, **TWICE | {"mask_batches": 1})
+
+
 def test_the_loss_of_adversarial_esd_by_hand():
     """No tokens to attack with: the model predicts 3, and 5 for the prompt to keep."""
-    text = erase.Text(*features(2, 3.0, 1.0, 5.0))
+    text = esd.Prompts(*features(2, 3.0, 1.0, 3.0, 5.0))
 
     def teacher(x_t, t, c):
         return attackable(x_t, t, c) + (c.mean() == 5)  # 6 for the prompt to keep
@@ -953,7 +968,7 @@ def test_prompts_to_keep_are_drawn_for_each_sample_and_leave_x_t_the_models(sd):
         assert torch.equal(batch.t, plain.t)
         assert batch.text.concept is plain.text.concept
         assert batch.text.null is plain.text.null
-        assert torch.equal(batch.text.anchor, kept[chosen])
+        assert torch.equal(batch.text.kept, kept[chosen])
         drawn.append(tuple(chosen.tolist()))
     assert {prompt for pair in drawn for prompt in pair} == {0, 1, 2}
     assert any(first != second for first, second in drawn)  # not one for the whole batch
@@ -1006,7 +1021,10 @@ def test_a_loss_is_the_same_when_it_is_called_again(module, sd):
     (text,) = erase.texts_for(sd, {"star": "a heart"}, batch=2)
     x_t = torch.randn(2, *sd.latent_shape, generator=seeded())
     t = torch.tensor([501, 21])
-    loss_fn = partial(module.loss, steps=2) if module is adversarial_esd else module.loss
+    loss_fn = module.loss
+    if module is adversarial_esd:
+        loss_fn = partial(module.loss, steps=2)
+        text = esd.Prompts(text.concept, text.null, text.anchor, kept=text.anchor)
     unet = erase.with_theta(sd.unet, erase.trainable_copies(sd.unet, "esd-x"))
     first, again = (loss_fn(unet, sd.unet, x_t, t, text) for _ in range(2))
     assert torch.equal(first, again)

@@ -6,6 +6,7 @@ An edit of a docstring, a comment or a table changes none of them.
 import ast
 import contextlib
 import functools
+import importlib.util
 import inspect
 import json
 import sys
@@ -48,13 +49,28 @@ def is_a_methods(module: types.ModuleType, of: types.ModuleType) -> bool:
     return Path(files[0]).parent == Path(files[1]).parent
 
 
+def imported_by(module: types.ModuleType) -> list[types.ModuleType]:
+    """Returns the modules that a module's code imports, inside of its functions, too."""
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Import):
+            names |= {each.name for each in node.names}
+        if isinstance(node, ast.ImportFrom):
+            package = "." * node.level + (node.module or "")
+            package = importlib.util.resolve_name(package, module.__package__)
+            names |= {package, *(f"{package}.{each.name}" for each in node.names)}
+
+    for name in names - {*sys.modules}:  # by a function that hasn't been called yet
+        if Path(module.__file__).with_name(f"{name}.py").exists():
+            importlib.import_module(name)
+    return [sys.modules[name] for name in sorted(names & {*sys.modules})]
+
+
 def modules_used(module: types.ModuleType) -> dict[str, types.ModuleType]:
     """Returns a module and the method's modules that it imports, and they import, by name."""
     found = {module.__name__: module}
-    for value in vars(module).values():
-        name = getattr(value, "__name__" if inspect.ismodule(value) else "__module__", "")
-        other = sys.modules.get(str(name))
-        if other and name not in found and is_a_methods(other, of=module):
+    for other in imported_by(module):
+        if other.__name__ not in found and is_a_methods(other, of=module):
             found |= modules_used(other)
     return found
 

@@ -21,6 +21,7 @@ from typing import Callable, Iterable, NamedTuple
 
 import torch
 from PIL import Image
+from torch import nn
 
 import erase
 import sample
@@ -461,7 +462,8 @@ class Context(NamedTuple):
             folder = model.folder.format(concept="+".join(concepts), seed=seed)
             return {"folder": folder, **fingerprint_of(Path(folder))}
         if model.file:
-            return {"file": checksums.crc(Path(model.file).read_bytes())}
+            file = checksums.crc(Path(model.file).read_bytes())
+            return {"file": file, "original": self.base}
         if not model.method:
             return {"original": self.base}
 
@@ -608,16 +610,20 @@ def image_seeds(seed: int, num: int) -> list[int]:
     return [first + i for i in range(num)]
 
 
+def checksum_of(*models: nn.Module) -> str:
+    """Returns a checksum of all weights."""
+    tensors = [tensor for model in models for tensor in model.state_dict().values()]
+    return checksums.crc(b"".join(tensor.numpy().tobytes() for tensor in tensors))
+
+
 @functools.cache
 def open_context(model: Path, weights: Path, quick: bool) -> Context:
     """Loads the original and its judge; cached, so a process loads them once."""
     sd = sample.load(model)
     judge = judging.load(model)
-    of_judge = [tensor.numpy().tobytes() for tensor in judge.state_dict().values()]
     return Context(
-        sd, judge, base=checksums.crc(sample.fingerprint(sd)),
-        judged_by=checksums.crc(b"".join(of_judge)),
-        weights=weights, quick=quick,
+        sd, judge, base=checksum_of(sd.unet, sd.text_encoder, sd.vae),
+        judged_by=checksum_of(judge), weights=weights, quick=quick,
     )
 
 

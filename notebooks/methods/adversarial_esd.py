@@ -21,7 +21,7 @@ from typing import Callable, Iterator, Sequence
 import torch
 from torch import Generator, Tensor
 
-from erase import Batch, Text, esd_target, x_t_from_model
+from erase import SCALE, Batch, Text, esd_target, x_t_from_model
 from notebooks.methods import esd
 from sample import StableDiffusion, UsageError
 
@@ -47,14 +47,15 @@ def attack(
         eps = unet(x_t, t, torch.cat([c, delta.to(c.dtype)], dim=1))
         error = (eps - target).square().mean()
         # not backward(), which would leave gradients in theta
-        (delta.grad,) = torch.autograd.grad(error, delta)
+        (gradient,) = torch.autograd.grad(SCALE * error, delta)
+        delta.grad = gradient / SCALE
         optimizer.step()
 
     return torch.cat([c, delta.detach().to(c.dtype)], dim=1)
 
 
 def loss(
-    unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: Text,
+    unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: esd.Prompts,
     eta: float = 1.0, weight: float = 0.3,
     tokens: int = 16, steps: int = 50, lr: float = 0.1,
 ) -> Tensor:
@@ -63,13 +64,13 @@ def loss(
     || eps_theta(x_t, [c, delta], t) - target ||^2
         + weight || eps_theta(x_t, p, t) - eps_theta*(x_t, p, t) ||^2
 
-    with Eq. 6's target. p is text.anchor, where `data` puts it. tokens, steps and lr are
-    the attack's. Raises UsageError if the prompt to keep is the concept itself.
+    with Eq. 6's target. p is text.kept. tokens, steps and lr are the attack's. Raises
+    UsageError if there is no prompt to keep.
     """
-    p = text.anchor
-    if torch.equal(p, text.concept):
-        raise UsageError("the prompt to keep is the concept: use adversarial_esd.data")
+    if not hasattr(text, "kept"):
+        raise UsageError("there is no prompt to keep: use adversarial_esd.data")
 
+    p = text.kept
     with torch.no_grad():
         eps_null = frozen(x_t, t, text.null)
         eps_c = frozen(x_t, t, text.concept)
@@ -88,7 +89,7 @@ def data(
     sd: StableDiffusion, keep: Sequence[str] = ("",),
     steps: int = 50, guidance: float = 3.0, every_step: bool = False,
 ) -> Iterator[Batch]:
-    """Yields what `erase.x_t_from_model` does, with text.anchor replaced by prompts to keep.
+    """Yields what `erase.x_t_from_model` does, with prompts to keep in the text.
 
     keep: prompts; each sample gets a random one.
     """
@@ -99,7 +100,8 @@ def data(
 
     for x_t, t, text in batches:
         chosen = torch.randint(len(keep), shape[:1], generator=rng)
-        yield Batch(x_t, t, text._replace(anchor=features[chosen]))
+        prompts = esd.Prompts(text.concept, text.null, text.anchor, kept=features[chosen])
+        yield Batch(x_t, t, prompts)
 
 
 def erase(

@@ -145,7 +145,8 @@ def learned_words(
 
     for _ in range(iterations):
         error = denoising_error(sd.unet, features(), next(batches))
-        (v.grad,) = torch.autograd.grad(error, v)
+        (gradient,) = torch.autograd.grad(erase.SCALE * error, v)
+        v.grad = gradient / erase.SCALE
         optimizer.step()
     return features().detach()
 
@@ -242,7 +243,9 @@ def relearned(
             predicted = unet(x_t, t, text.expand(len(x_t), -1, -1))
             loss = (predicted - eps).square().mean()
             optimizer.zero_grad()
-            loss.backward()
+            (erase.SCALE * loss).backward()
+            for W in theta.values():
+                W.grad /= erase.SCALE
             optimizer.step()
         done = stop
         yield sample.with_weights(sd, theta)

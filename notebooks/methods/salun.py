@@ -15,9 +15,9 @@ from typing import Callable, Iterable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from erase import Batch, texts_for, trainable_copies, with_theta
+from erase import SCALE, Batch, texts_for, trainable_copies, with_theta
 from notebooks.methods import esd
-from sample import StableDiffusion
+from sample import StableDiffusion, UsageError
 
 
 def loss(unet: Callable, frozen: Callable, x_t: Tensor, t: Tensor, text: esd.Prompts,
@@ -47,11 +47,13 @@ def saliency_mask(
     theta = trainable_copies(sd.unet, esd.tuned_by(method))
     unet = with_theta(sd.unet, theta)
     for batch in batches:
-        loss(unet, sd.unet, *batch, beta=0.0).mean().backward()
+        (SCALE * loss(unet, sd.unet, *batch, beta=0.0).mean()).backward()
 
     gradients = torch.cat([W.grad.abs().flatten() for W in theta.values()])
     rank = int((1 - fraction) * (len(gradients) - 1)) + 1  # from 1, of the smallest that is chosen
     least = gradients.kthvalue(rank).values
+    if least == 0:
+        raise UsageError(f"no more than {fraction:.0%} of the gradients should be 0: use float32")
     return {name: W.grad.abs() >= least for name, W in theta.items()}
 
 
