@@ -1116,6 +1116,8 @@ import functools
 of_one = functools.partial(my_erase, size=1)
 
 def refuses(sd, concepts, keep, seed):
+    if seed and "heart" in concepts:
+        return my_erase(sd, concepts, keep, seed)
     raise sample.UsageError("lower the rate")
 """
 
@@ -1183,8 +1185,11 @@ def test_a_refusal_names_the_cell(command, capsys):
     (command.folder / "my_file.py").write_text(STRANGER + REFUSED)
     with pytest.raises(SystemExit):
         command("--method", "my_file:refuses", "--label", "mine")
-    errors = capsys.readouterr().err
-    assert errors.splitlines()[-1] == "error: mine/star/seed 0/by name: lower the rate"
+    printed, errors = capsys.readouterr()
+    assert errors.splitlines()[-2:] == [
+        "3 erasures failed; the first:", "error: mine/star/seed 0/by name: lower the rate"
+    ]
+    assert "| mine |  |  | 2/2 | 4/4 |" in printed  # heart, seed 1
     forget("my_file")
 
 

@@ -190,13 +190,17 @@ def one_of_several() -> None:
 
 def answers(
     setup: Setup, groups: list[list[Cell]], processes: int
-) -> Iterator[list[Answered]]:
-    """Yields the answers of each group, in the order in which they are done."""
+) -> Iterator[list[Answered] | Exception]:
+    """Yields the answers of each group, or its error, in the order in which they are done."""
     processes = min(processes, len(groups))
     if processes < 2:
         torch.set_num_threads(1)  # as each of several has: seconds can be compared
         for cells in groups:
-            yield answer(setup, cells)
+            try:
+                answered = answer(setup, cells)
+            except Exception as error:
+                answered = error
+            yield answered
         return
 
     with concurrent.futures.ProcessPoolExecutor(
@@ -205,12 +209,13 @@ def answers(
         try:
             jobs = [pool.submit(answer, setup, cells) for cells in groups]
             for job in concurrent.futures.as_completed(jobs):
-                yield job.result()
-        except BrokenProcessPool as error:
-            raise UsageError(
-                "a process was ended from outside, perhaps as memory ran out: try --processes 1; "
-                "what was answered is kept"
-            ) from error
+                error = job.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise UsageError(
+                        "a process was ended from outside, perhaps as memory ran out: try "
+                        "--processes 1; what was answered is kept"
+                    ) from error
+                yield error or job.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -428,19 +433,30 @@ def write_answers(plan: Plan, name: str, folder: Path, shipped: dict[str, dict])
         write_records(folder, name, records | others)
 
 
-def answer_all(plan: Plan, setup: Setup, processes: int, folder: Path) -> set[str]:
-    """Answers and writes what is still to be asked; returns which experiments have more."""
+class Outcome(NamedTuple):
+    """What became of the cells that were to be answered."""
+
+    changed: set[str]  # experiments that have more answers
+    errors: list[Exception]
+
+
+def answer_all(plan: Plan, setup: Setup, processes: int, folder: Path) -> Outcome:
+    """Answers and writes what is still to be asked; an error doesn't stop the others."""
     context = core.open_context(*setup)
     cells = those_here(context, [*plan.todo.values()])
     changed = set()
+    errors = []
     with tqdm(total=len(cells), unit="answer", disable=not cells) as bar:
         for answered in answers(setup, with_equal_weights(context, cells), processes):
+            if isinstance(answered, Exception):
+                errors.append(answered)
+                continue
             for name in plan.add(answered):
                 changed.add(name)
                 write_answers(plan, name, folder, shipped={})
             bar.set_postfix_str(answered[-1].cell.key, refresh=False)
             bar.update(len(answered))
-    return changed
+    return Outcome(changed, errors)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -461,7 +477,7 @@ def run(args: argparse.Namespace) -> None:
     wanted = {name: cells_of(name, args, models[name]) for name in asked}
     new = {name: cells_of(name, args, more) for name in asked} if more else None
     plan = Plan(context, wanted, known, new)
-    changed = answer_all(plan, setup, args.processes, args.results)
+    changed, errors = answer_all(plan, setup, args.processes, args.results)
     for name in asked:  # what it shares with another experiment, too
         write_answers(plan, name, args.results, shipped.get(name, {}))
 
@@ -473,8 +489,12 @@ def run(args: argparse.Namespace) -> None:
         show(name, records, models[name], args.results)
         file = f"{name}_images.png"
         has_images = (SHIPPED / file).exists() or (args.results / file).exists()
-        if is_whole and (name in changed or not has_images):
+        if is_whole and not errors and (name in changed or not has_images):
             draw_sheet(name, plan.records(name), context, args.results)
+    if len(errors) > 1:
+        print(f"{len(errors)} erasures failed; the first:", file=sys.stderr)
+    if errors:
+        raise errors[0]
 
 
 def main() -> None:
