@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 TRAIN_STEPS = 1000
-MOST_STEPS = TRAIN_STEPS // 2
+MAX_STEPS = TRAIN_STEPS // 2  # with 501, the times would be 501, 500, ...: far from noise
 BETA_START = 0.00085  # Stable Diffusion v1's
 BETA_END = 0.012
 
@@ -39,12 +39,12 @@ def timesteps(steps: int) -> list[int]:
     """Returns the times that `steps` steps visit, noisiest first; of 50: 981, ..., 21, 1.
 
     Where `steps` doesn't divide 1000, the times are diffusers', which takes exactly
-    `steps` steps; CompVis's code takes more. The first is then lower, 799 of 400, and of 1
-    to 3 steps, too, although sampling starts with noise. Above 500, it would be far too low,
-    501 of 501: raises ValueError outside 1..500.
+    `steps` steps; CompVis's code takes more. The first time is then lower: 799 for 400 steps.
+    It is low for 1 to 3 steps, too, although sampling starts from noise. Raises ValueError
+    outside 1..500.
     """
-    if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps is {steps}, choose 1 to {MOST_STEPS}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps is {steps}, choose 1 to {MAX_STEPS}")
 
     stride = TRAIN_STEPS // steps
     return [k * stride + 1 for k in reversed(range(steps))]  # + 1 as in SD's own code

@@ -194,7 +194,9 @@ def gradient_steps(
         for gradient in gradients:
             gradient /= SCALE
         if not nn.utils.get_total_norm(gradients).isfinite():
-            raise UsageError(f"a gradient at t = {t.tolist()} isn't finite: try --dtype float32")
+            raise UsageError(
+                f"a gradient at t = {t.tolist()} isn't finite: lower lr or eta, or use float32"
+            )
         optimizer.step()
         torch.clear_autocast_cache()  # of a caller's autocast: it has the old theta
         yield loss.item()

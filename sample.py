@@ -132,8 +132,8 @@ def image_size(sd: StableDiffusion, size: int | tuple[int, int] | None) -> tuple
 
 def check_steps_and_seeds(steps: int, seeds: list[int]) -> None:
     """Raises UsageError for an invalid number of steps or seed."""
-    if not 1 <= steps <= ddim.MOST_STEPS:
-        raise UsageError(f"steps is {steps}, choose 1 to {ddim.MOST_STEPS}")
+    if not 1 <= steps <= ddim.MAX_STEPS:
+        raise UsageError(f"steps is {steps}, choose 1 to {ddim.MAX_STEPS}")
     for seed in seeds:
         if not 0 <= seed < 2**63:
             raise UsageError(f"seed is {seed}, choose 0 to {2**63 - 1}")

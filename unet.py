@@ -212,7 +212,7 @@ class Level(nn.Module):
                 )
 
     def layer(self, i: int, x: Tensor, emb: Tensor, text: Tensor) -> Tensor:
-        """Returns the output of a resnet and its transformer: (B, C_in, H, W) -> (B, C_out, H, W)."""
+        """Resnet i, then its transformer, if any: (B, C_in, H, W) -> (B, C_out, H, W)."""
         x = self.resnets[i](x, emb)
         return self.attentions[i](x, text) if self.attentions else x
 

@@ -252,7 +252,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(sd):
         losses = erase.esd_loss(unet, frozen, x_t, t, text, eta)
         return losses.detach() + (losses - losses.detach()).sqrt()  # of 0: its slope is infinite
 
-    with pytest.raises(UsageError, match=r"a gradient at t = \[\d+\] isn't finite: try --dtype"):
+    with pytest.raises(UsageError, match=r"a gradient at t = \[\d+\] isn't finite"):
         erase.erase(sd, ["star"], loss_fn=loss, **QUICK)
 
 

@@ -110,7 +110,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # the kernels inherit it
     with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
         problems = [*filter(None, pool.map(functools.partial(execute, write=args.write), files))]
-    sys.exit("\n".join(problems))
+    sys.exit("\n".join(problems) or 0)
 
 
 if __name__ == "__main__":

@@ -50,28 +50,36 @@ def is_a_methods(module: types.ModuleType, of: types.ModuleType) -> bool:
 
 
 def imported_by(module: types.ModuleType) -> list[types.ModuleType]:
-    """Returns the modules that a module's code imports, inside of its functions, too."""
+    """Returns the modules that a module's code imports, including inside functions."""
     names = set()
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.Import):
             names |= {each.name for each in node.names}
         if isinstance(node, ast.ImportFrom):
-            package = "." * node.level + (node.module or "")
-            package = importlib.util.resolve_name(package, module.__package__)
+            package = node.module or ""
+            if node.level and module.__package__:
+                package = importlib.util.resolve_name("." * node.level + package,
+                                                      module.__package__)
             names |= {package, *(f"{package}.{each.name}" for each in node.names)}
 
     for name in names - {*sys.modules}:  # by a function that hasn't been called yet
-        if Path(module.__file__).with_name(f"{name}.py").exists():
-            importlib.import_module(name)
+        if Path(module.__file__).with_name(f"{name.rpartition('.')[2]}.py").exists():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     return [sys.modules[name] for name in sorted(names & {*sys.modules})]
 
 
-def modules_used(module: types.ModuleType) -> dict[str, types.ModuleType]:
-    """Returns a module and the method's modules that it imports, and they import, by name."""
-    found = {module.__name__: module}
+def modules_used(
+    module: types.ModuleType, found: dict[str, types.ModuleType] | None = None
+) -> dict[str, types.ModuleType]:
+    """Returns a module and the method's modules that it imports, and they import, by name.
+
+    found: those that are known already.
+    """
+    found = {**(found or {}), module.__name__: module}
     for other in imported_by(module):
         if other.__name__ not in found and is_a_methods(other, of=module):
-            found |= modules_used(other)
+            found = modules_used(other, found)
     return found
 
 

@@ -1,11 +1,11 @@
 r"""Choices in which the paper and its code differ: which of them matter?
 
-In the paper the edited model draws x_t, in its code at one random step of each trajectory; the
-official code has let the frozen model draw it since 2025. Elsewhere on this page, ESD-x makes 80
+In the paper the edited model draws x_t, in its code at one random step of each trajectory;
+`esd_sd.py` has let the frozen model draw it since 2025. Elsewhere on this page, ESD-x makes 80
 gradient steps, one at each of a trajectory's first four times, at a learning rate of 6e-4. The
 first three variants here make 160, at 4e-4. All trajectories have eight steps. See "What an
 erasure costs".
-"Keys and values only" is a variant of ESD-x that the official code has, too. "ESD-u, its code"
+"Keys and values only" is a variant of ESD-x that `esd_sd.py` has, too. "ESD-u, its code"
 leaves out the time embedding and the output layers, "ESD-u, the paper's rule" doesn't.
 
 On SD v1, from Python:

@@ -442,7 +442,7 @@ class Context(NamedTuple):
 
     sd: StableDiffusion
     judge: judging.Judge
-    base: str  # the original's fingerprint
+    base: str  # a checksum of the original
     judged_by: str
     weights: Path
     quick: bool
@@ -613,7 +613,9 @@ def image_seeds(seed: int, num: int) -> list[int]:
 def checksum_of(*models: nn.Module) -> str:
     """Returns a checksum of all weights."""
     tensors = [tensor for model in models for tensor in model.state_dict().values()]
-    return checksums.crc(b"".join(tensor.numpy().tobytes() for tensor in tensors))
+    # as bytes: numpy has no bfloat16
+    parts = [tensor.cpu().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    return checksums.crc(b"".join(parts))
 
 
 @functools.cache

@@ -436,7 +436,7 @@ def table(answers: Answers, models: list[Model]) -> str:
             cells = row_of_pairs(answers, concept, several)
             if any(cells):
                 num = len(values(answers, pairs_among(concept, several), name="by name"))
-                rows.append([concept, f"*{label}*", f"{num} pairs", *cells])
+                rows.append([concept, f"*{label}*", f"{num} pair{'s' * (num > 1)}", *cells])
 
     limits = []
     for name in DISTANCES:

@@ -100,7 +100,8 @@ def table(answers: Answers, models: list[Model]) -> str:
         rows.append([model.label, *map(stats.text, shares), f"{PAPER.get(model.label, '')}"])
     of_concepts = [f"{concept} in its scenes, %" for concept in concepts]
     titles = [column.title for column in COLUMNS]
-    header = ["method", *of_concepts, *titles, f"*paper, 5.2: of {PAPER_IMAGES:,} images*"]
+    of_paper = f"*paper, 5.2 (censored: SD 2.0): of {PAPER_IMAGES:,} images*"
+    header = ["method", *of_concepts, *titles, of_paper]
     differences = core.table_of_differences(answers, models, PAIRS, concepts, COLUMNS)
     return f"{core.table(header, rows)}\n\n{differences}".strip()
 

@@ -48,7 +48,7 @@ FINDINGS = """\
   together.
 - Of what scenes imply, the ResNet blocks alone erase 40 of 61 points. Self-attention erases 10 (1
   to 19), and with it as it was 2 come back: ESD-u hardly needs it to erase what prompts imply.
-  (What the original uses it for, this can't tell.) It has few weights, but "other layers"
+  (This can't tell what the original uses it for.) It has few weights, but "other layers"
   (convolutions and norms outside of all these kinds) have hardly more and erase 18.
 - Alone, thirds of the steps erase 1 to 10 points of the name. Only ESD-u's last third erases 25,
   nearly all of it in two erasures of the heart. But one third drawn by the original is enough to
@@ -309,7 +309,7 @@ def table_of_patches(answers: Answers, models: list[Model]) -> str:
 
 
 def table_of_changes(answers: Answers, models: list[Model]) -> str:
-    """Returns a row for each model and kind of layer: an erasure's number is over its matrices."""
+    """Returns a row for each model and kind: means over erasures, each over its matrices."""
     rows = []
     for model in models:
         by_kind = {}

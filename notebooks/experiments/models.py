@@ -163,7 +163,7 @@ closed_forms = (uce_, rece_, speed_)  # the same weights with every seed
 
 def depends_on_seed(model: Model) -> bool:
     """Whether a model's weights differ from seed to seed, and not its images alone."""
-    return model != original and model not in closed_forms and not model.file
+    return bool(model.method or model.folder) and model not in closed_forms
 
 
 # As many gradient steps as ESD with whole trajectories

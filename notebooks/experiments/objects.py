@@ -39,7 +39,8 @@ FINDINGS = """\
   resists with one seed of three, in 55 % of the images, and is gone with the other two. A single
   erasure would have shown one or the other.
 - We aimed at 5 % left with ESD-u, at most 15 of any object, and at 2 with ESD-x, the others seen in
-  95 %. Only with the empty prompt kept is it reached (but for .2 points of the others).
+  95 %. Only the variant that keeps the empty prompt reaches this, short of .2 points for the
+  others.
 - Where the empty prompt is kept as well, 0.7 % are left, at most 5 % of any object with any seed,
   and the others lose no more. Plain ESD-u drawn with guidance 1 leaves as little: what resists is
   brought back by guidance. See the guidance law.

@@ -339,7 +339,7 @@ def net(
 
 
 def num_models(answers: Answers, model: Model, concepts: Iterable[str]) -> int:
-    """Returns how many models a row is of: some have the same weights with every seed."""
+    """Returns how many distinct models a row has: some are the same with every seed."""
     found = set()
     for concept in concepts:
         for seed in answers_of(answers, model, concept):

@@ -18,8 +18,11 @@ import importlib
 import inspect
 import json
 import multiprocessing
+import os
 import signal
 import sys
+import threading
+import traceback
 import types
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -161,8 +164,16 @@ class Answered(NamedTuple):
     record: dict
 
 
-def answer(setup: Setup, cells: list[Cell]) -> list[Answered]:
-    """Answers cells that have the same weights."""
+class Failed(NamedTuple):
+    """A cell that couldn't be answered."""
+
+    key: str
+    line: str  # what the error says
+    traceback: str  # "" for input that can't be used
+
+
+def answer(setup: Setup, cells: list[Cell]) -> list[Answered] | Failed:
+    """Answers cells that have the same weights; says what is wrong with a method, if it fails."""
     context = core.open_context(*setup)
     cell = cells[0]
     answered = []
@@ -174,52 +185,57 @@ def answer(setup: Setup, cells: list[Cell]) -> list[Answered]:
                 "answer": cell.ask.answer(context, sd, cell),
             }
             answered.append(Answered(cell, json.loads(json.dumps(record))))
-    except UsageError as error:
-        raise UsageError(f"{cell.key}: {error}") from error
-    except Exception as error:
-        error.add_note(f"at {cell.key}")  # a method's own error keeps its traceback
+    except (OSError, MemoryError):  # a full disk: the others would fail as well
         raise
+    except UsageError as error:
+        return Failed(cell.key, str(error), traceback="")
+    except (Exception, SystemExit) as error:
+        line = f"{type(error).__name__}: {error}"
+        return Failed(cell.key, line, traceback.format_exc())
     return answered
+
+
+def end_with_parent() -> None:
+    """Ends this process once its parent has ended, even if that was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def one_of_several() -> None:
     """Prepares a worker process: it uses one core and leaves Ctrl-C to its parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that it cleans up
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def answers(
     setup: Setup, groups: list[list[Cell]], processes: int
-) -> Iterator[list[Answered] | Exception]:
-    """Yields the answers of each group, or its error, in the order in which they are done."""
+) -> Iterator[list[Answered] | Failed]:
+    """Yields the answers of each group, or what is wrong, in the order in which they are done."""
     processes = min(processes, len(groups))
     if processes < 2:
         torch.set_num_threads(1)  # as each of several has: seconds can be compared
         for cells in groups:
-            try:
-                answered = answer(setup, cells)
-            except Exception as error:
-                answered = error
-            yield answered
+            yield answer(setup, cells)
         return
 
-    with concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=one_of_several
-    ) as pool:
-        try:
-            jobs = [pool.submit(answer, setup, cells) for cells in groups]
-            for job in concurrent.futures.as_completed(jobs):
-                error = job.exception()
-                if isinstance(error, BrokenProcessPool):
-                    raise UsageError(
-                        "a process was ended from outside, perhaps as memory ran out: try "
-                        "--processes 1; what was answered is kept"
-                    ) from error
-                yield error or job.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()  # at an error or Ctrl-C, what it computes isn't wanted
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, initializer=one_of_several)
+    try:
+        jobs = [pool.submit(answer, setup, cells) for cells in groups]
+        for job in concurrent.futures.as_completed(jobs):
+            yield job.result()
+    except BrokenProcessPool as error:
+        raise UsageError(
+            "a process ended without an answer, perhaps for lack of memory: try --processes 1; "
+            "what was answered is kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()  # at an error or Ctrl-C, what it computes isn't wanted
+        pool.shutdown()
 
 
 def with_equal_weights(context: Context, cells: list[Cell]) -> list[list[Cell]]:
@@ -437,26 +453,27 @@ class Outcome(NamedTuple):
     """What became of the cells that were to be answered."""
 
     changed: set[str]  # experiments that have more answers
-    errors: list[Exception]
+    failed: list[Failed]
 
 
 def answer_all(plan: Plan, setup: Setup, processes: int, folder: Path) -> Outcome:
-    """Answers and writes what is still to be asked; an error doesn't stop the others."""
+    """Answers and writes what is still to be asked; one that fails doesn't stop the others."""
     context = core.open_context(*setup)
     cells = those_here(context, [*plan.todo.values()])
     changed = set()
-    errors = []
+    failed = []
     with tqdm(total=len(cells), unit="answer", disable=not cells) as bar:
         for answered in answers(setup, with_equal_weights(context, cells), processes):
-            if isinstance(answered, Exception):
-                errors.append(answered)
+            if isinstance(answered, Failed):
+                failed.append(answered)
+                bar.write(f"failed: {answered.key}: {answered.line}", file=sys.stderr)
                 continue
             for name in plan.add(answered):
                 changed.add(name)
                 write_answers(plan, name, folder, shipped={})
             bar.set_postfix_str(answered[-1].cell.key, refresh=False)
             bar.update(len(answered))
-    return Outcome(changed, errors)
+    return Outcome(changed, failed)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -477,7 +494,7 @@ def run(args: argparse.Namespace) -> None:
     wanted = {name: cells_of(name, args, models[name]) for name in asked}
     new = {name: cells_of(name, args, more) for name in asked} if more else None
     plan = Plan(context, wanted, known, new)
-    changed, errors = answer_all(plan, setup, args.processes, args.results)
+    changed, failed = answer_all(plan, setup, args.processes, args.results)
     for name in asked:  # what it shares with another experiment, too
         write_answers(plan, name, args.results, shipped.get(name, {}))
 
@@ -489,12 +506,15 @@ def run(args: argparse.Namespace) -> None:
         show(name, records, models[name], args.results)
         file = f"{name}_images.png"
         has_images = (SHIPPED / file).exists() or (args.results / file).exists()
-        if is_whole and not errors and (name in changed or not has_images):
+        if is_whole and not failed and (name in changed or not has_images):
             draw_sheet(name, plan.records(name), context, args.results)
-    if len(errors) > 1:
-        print(f"{len(errors)} erasures failed; the first:", file=sys.stderr)
-    if errors:
-        raise errors[0]
+    if failed:
+        first = failed[0]
+        says = f"{len(failed)} failed, the first is {first.key}: {first.line}"
+        if not first.traceback:
+            raise UsageError(says)
+        print(f"{first.traceback}\n{says}", file=sys.stderr)
+        sys.exit(1)
 
 
 def main() -> None:

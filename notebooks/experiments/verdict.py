@@ -62,12 +62,13 @@ FINDINGS = """\
   that never saw them (ESD-x in contexts: 16), but the interval of every single concept includes
   zero, and a mosaic is taught to all by then: an attacker with images and the weights gets most of
   these concepts back, or teaches them anew, and these numbers can't tell which.
-- What doesn't follow: that SD v1 would rank the methods so. This is one world of ten objects with
-  prompts that are all alike. Ranks of two seeds agree (tau .71 to .89 with all concepts together,
-  .37 to .89 for each alone), but three of the eleven methods have the same weights with each seed,
-  which helps. Net numbers have wide intervals, as each concept has two models that never saw it,
-  and as concepts are taught differently, which these intervals count as chance: over all concepts,
-  most of those below 40 points can be chance, and for one concept even larger ones.
+- What doesn't follow: that SD v1 would rank the methods in this order. This is one world of ten
+  objects with prompts that are all alike. Ranks of two seeds agree (tau .71 to .89 with all
+  concepts together, .37 to .89 for each alone), but three of the eleven methods have the same
+  weights with each seed, which helps. Net numbers have wide intervals, as each concept has two
+  models that never saw it, and as concepts are taught differently, which these intervals count as
+  chance: over all concepts, most of those below 40 points can be chance, and for one concept even
+  larger ones.
 """
 
 TRAINING = "20"  # steps

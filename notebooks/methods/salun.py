@@ -52,8 +52,8 @@ def saliency_mask(
     gradients = torch.cat([W.grad.abs().flatten() for W in theta.values()])
     rank = int((1 - fraction) * (len(gradients) - 1)) + 1  # from 1, of the smallest that is chosen
     least = gradients.kthvalue(rank).values
-    if least == 0:
-        raise UsageError(f"no more than {fraction:.0%} of the gradients should be 0: use float32")
+    if least == 0 and fraction < 1:
+        raise UsageError(f"{1 - fraction:.0%} of the gradients or more are 0: use float32")
     return {name: W.grad.abs() >= least for name, W in theta.items()}
 
 
