@@ -5,9 +5,9 @@
     python -m notebooks.experiments.replicates                         # all that are missing
 
 Each has the miniature's VAE and text encoder, which saw every concept, as many steps as its U-Net
-had, and random numbers of its own, except star_0, which has the original's: compare the
-original's distances from star_0 and star_1. A U-Net takes 50 minutes on a quiet core that computes
-in bfloat16, two hours on one that doesn't. The same command resumes after an interruption. The
+had, and random numbers of its own, except star_0, which has the original's: compare the original's
+distances from star_0 and star_1. A U-Net takes 50 minutes on a quiet core that computes in
+bfloat16, one to two hours on one that doesn't. The same command resumes after an interruption. The
 U-Nets go to `runs/` and aren't shipped; only their answers are stored, with the experiments.
 """
 

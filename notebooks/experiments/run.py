@@ -231,10 +231,12 @@ def answers(
             "a process ended without an answer, perhaps for lack of memory: try --processes 1; "
             "what was answered is kept"
         ) from error
-    finally:
+    except BaseException:  # such as Ctrl-C: what is being computed isn't wanted
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            process.terminate()  # at an error or Ctrl-C, what it computes isn't wanted
+            process.terminate()
+        raise
+    finally:
         pool.shutdown()
 
 
