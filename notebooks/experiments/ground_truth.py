@@ -10,8 +10,8 @@ Distances, all but the last for the concept's own prompt:
   concept, at five times each.
 - **FADE**: by how many nats each model knows its own images better than the other does, both ways
   added, after [Cho et al.](https://arxiv.org/abs/2510.12981). Likelihoods are approximated: by the
-  ELBO's terms at 20 values of t, equally spaced in log SNR, with one noise each, for 32 latents
-  drawn without guidance ([`methods/distances.py`](../methods/distances.py)).
+  ELBO's terms at 20 values of t, equally spaced in log SNR, for 32 latents drawn without guidance,
+  with one noise for each ([`methods/distances.py`](../methods/distances.py)).
 - **by name**: the total variation between what the judge sees in 50 images of the prompt, from
   the same noises for all models (0: the same; 1: nothing in common).
 - **in scenes**: the same for the held-out scenes. Images of equal seeds start from equal noises
@@ -19,15 +19,23 @@ Distances, all but the last for the concept's own prompt:
   of the heart: two such sets from one model that drew ten objects equally often would be about .35
   apart.
 
-Each erasure is compared with both models that never saw its concept. Eps and FADE are also given
-in units of the null: 1 is as far as these two are from each other. How much such a distance
-varies is estimated from three originals that were trained from other random numbers: s is the
-standard deviation of the log of their distances within a concept. A method is **within the null**
-if its mean is at most exp(t s sqrt(2)) units (Student's t for 95 %, one-sided; sqrt(2), since the
-unit is a single pair). The pairs share three models, so the 95 % are nearer to 90. To be within
-isn't to be equal. For total variations, the limit is Student's for one more pair, from the pairs of
-all concepts, if that is below 1, which all are; in scenes there are too few. The row "original" is
-the shipped one's by eps and FADE, and the mean of the three by what the judge sees.
+Each erasure is compared with both models that never saw its concept. Eps and FADE are also given in
+units of the null: 1 is as far as these two are from each other. How much such a distance varies is
+estimated from three originals that were trained from other random numbers: s is the standard
+deviation of the log of their distances within a concept. (This takes it that models that never saw
+a concept vary, in logs, as originals do. They may vary more, as nothing taught them what to draw.
+Then the limit is too low: "within" still holds, "not within" may not.)
+
+A method is **within the null** if its mean is at most exp(t s sqrt(2)) units (Student's t for 95 %,
+one-sided, with 6 degrees of freedom, as each of three concepts has three pairs; sqrt(2), since both
+the distance and the unit vary). The pairs share three models, so there may be only 2 degrees of
+freedom, with which this limit holds in 90 % of cases. To be within isn't to be equal.
+
+What the judge sees has no limit: by name, Student's for one more pair, from the three pairs, is
+above 1, which no total variation can be; in scenes, two pairs are too few. So "within the null" is
+about eps and FADE alone. The row "original" is the shipped one's alone by eps and FADE, so without
+an interval, and the mean of the three by what the judge sees. Intervals "between two originals" are
+over three pairs that share models, so they are too narrow.
 
 "Eta by the odds" is Eq. 6 with a strength for each x_t that makes its target the eps of a model
 that never saw the concept, if the frozen model is exact: see
@@ -72,21 +80,26 @@ SEEDS = core.SEEDS
 FINDINGS = """\
 - The null: two models that never saw a star, a heart or a mosaic are 1 unit apart. Two of three
   originals, which were taught what to draw, are .60 to .82 units apart by eps and .33 to .79 by
-  FADE. From how much these vary, what is at 1.10 units by eps or at 1.33 by FADE can still be a
-  third model that never saw it. By name the three pairs that never saw a concept differ so much
-  (.50, .16 and .04) that their limit would be above 1.
+  FADE. If models that never saw a concept vary no more than these do (in logs; they may), a third
+  one is at most 1.10 units away by eps and 1.33 by FADE, in nine of ten cases or more. By name the
+  three pairs that never saw a concept differ so much (.50, .16 and .04) that their limit would be
+  above 1.
 - By eps, no method is within the null, with any concept. With star and heart, no kind of erasure is
-  more than .2 units nearer than the original, which is at 1.4 and 1.6. On average ESD-x, ESD-u
-  against learned prompts and concept ablation are farther than the original with both, SalUn with
-  the heart; only concept ablation with the star (1.95) by more than chance. With mosaic the
-  original is at 2.4, and most are nearer, at 2.1 to 2.4; against learned prompts it is 2.7, with
-  concept ablation 6.7.
+  more than .2 units nearer than the original, which is at 1.4 and 1.6. By more than chance, SalUn
+  and eta by the odds are nearer with the star, ESD-u with the heart (by .06). On average ESD-x,
+  ESD-u against learned prompts and concept ablation are farther than the original with both, SalUn
+  with the heart; only concept ablation with the star (1.95) by more than chance. With mosaic the
+  original is at 2.44, and most are nearer, at 2.07 to 2.35; against learned prompts it is 2.71,
+  with concept ablation 6.74, both farther by more than chance.
 - By FADE, in units of the null, most are nearer than the original, which is at 1.9, 2.7 and 5.6
   (star, heart, mosaic): ESD-x and ESD-u at 1.3 to 2.8, UCE, RECE and SPEED at .93 to 1.3. These
-  three are within the null with all concepts; with the star, SalUn and ESD-x in contexts just are,
-  too, their intervals reaching beyond it. (ESD against learned prompts is farther than the original
-  with star and heart, concept ablation with all: 3.6, 4.4 and 11.5.) And yet UCE's still draws a
-  star in a third of 50 images, and RECE's a heart in 40 of them: near isn't erased.
+  three, each a single model, are within the null with all concepts; with the star, SalUn (1.30) and
+  ESD-x in contexts (1.31) just are, and ESD-x (1.36) just isn't: too near to the limit to tell.
+  (ESD against learned prompts is farther than the original with the star and, by no more than
+  chance, with the heart; concept ablation with all: 3.6, 4.4 and 11.5.) And yet UCE's still draws a
+  star in a third of 50 images, and RECE's a heart in 40 of them: near isn't erased. FADE compares
+  what each model draws without guidance, eps images that show the concept, and the judge sees
+  images drawn with guidance 5.
 - For "a star", one of the two draws arrows in half of 50 images (none of the ten objects in 36 %),
   the other triangles (14 %). So even these two are .50 apart by name, and ESD-u, with .41 (.39 with
   the empty prompt kept), is no farther from them. For "a heart", both draw mostly circles and
@@ -94,23 +107,25 @@ FINDINGS = """\
   46 %, so that was mostly too little training; a [text encoder](https://arxiv.org/abs/2412.07229)
   that never saw a heart wasn't tried.) They are .16 apart, and every erasure is .50 or more from
   them.
-- For mosaic, both draw plain pictures (44 and 42 of 50), the others with dots. Closed forms and
-  concept ablation do so, too (.16 to .20 from them), and so does ESD-u (.28), but for 14 to 22 %
-  mosaics. ESD-x (.65) and ESD-u with the empty prompt kept (.71) draw next to no mosaic, but neon
-  and sketches in half of the images or more: erased, and yet not like a model that never saw it.
+- For mosaic, both draw plain pictures (44 and 42 of 50), the others with dots. Closed forms, but
+  for 4 to 10 % mosaics, and concept ablation do so, too (.16 to .20 from them), and so do ESD-u
+  (.28) and SalUn (.30), but for 14 to 22 % mosaics. ESD-x (.65) and ESD-u with the empty prompt
+  kept (.71) draw next to no mosaic, but neon and sketches in half of the images or more: erased,
+  and yet not like a model that never saw it.
 - In scenes, two such models are .21 and .25 apart, and two originals .18 and .15. ESD-u (all kinds
   of it), SalUn and concept ablation are at .26 to .43 from the star's and at .18 to .37 from the
   heart's; ESD-x, UCE, RECE and SPEED (.55 to .75) about as far as the original (.59, .75). With 24
   and 20 images, .35 can be chance.
 - By eps, all are a little nearer to star_0, the original by .005 and erasures by .001 to .010. With
-  heart and mosaic, where neither model shares random numbers with the original, some are nearer to
-  the one and some to the other, by up to .010. So the star's may be chance, too.
-- Eta by the odds was made to be nearest. By eps it is with the star (1.25, by no more than chance),
-  and among the nearest with the heart (1.49). Of its differences from ESD-x and ESD-u, only one
-  excludes zero: with the star, it is nearer than ESD-x by .026 (.019 to .034, seed by seed; with
-  the heart .019, -.014 to .052). In nats, none does. And 23 % of its images show a star, 46 % a
-  heart. The probable reason: its target is right for drawing without guidance, and we draw with 5,
-  which overshoots it.
+  mosaic, where neither model shares random numbers with the original, it is much the same: 24 of 28
+  are nearer to mosaic_0, the original by .005, erasures by up to .010. With the heart, 13 of 31 are
+  nearer to heart_0, none by more than .007. So the star's may be chance, too.
+- Eta by the odds was made to be nearest. By eps it is with the star (1.25; SalUn, at 1.29, is no
+  farther by more than chance), and among the nearest with the heart (1.49). Of its differences from
+  ESD-x and ESD-u, only one excludes zero: with the star, it is nearer than ESD-x by .026 (.019 to
+  .034, seed by seed; with the heart .019, -.014 to .052). In nats, none does. And 23 % of its
+  images show a star, 46 % a heart. The probable reason: its target is right for drawing without
+  guidance, and we draw with 5, which overshoots it.
 """
 
 NEVER = [Reference(NEVER_SAW, seed) for seed in NEVER_SAW.seeds]

@@ -10,10 +10,11 @@ the rest. What a group does is counted in points, with the same noises before an
 - **brings back**: how many points more of the edited model's images do once this group is as it
   was.
 
-The first line of each model is all of its weights. A group can matter for its size alone, so the
-number of its weights is there. Does self-attention decide what prompts only imply
-([arXiv 2604.06052](https://arxiv.org/abs/2604.06052))? ESD-u can compare it with ResNet blocks, but
-not with cross-attention, which ESD-x alone edits.
+The first line of each model is all of its weights. Images are 20 by name and one for each wording
+of the held-out scenes, so shares differ a little from other tables'. A group can matter for its
+size alone, so the number of its weights is there. Does self-attention decide what prompts only
+imply ([arXiv 2604.06052](https://arxiv.org/abs/2604.06052))? ESD-u can compare it with ResNet
+blocks, but not with cross-attention, which ESD-x alone edits.
 
 The second table is about the change itself, theta - theta*: how large it is, next to the
 weights, and which share of its squared norm lies along its first 1, 4 and 16 singular directions.

@@ -9,11 +9,12 @@ concept. That spoils images of the original, too: compare with its row. The othe
 learned words, training, and guidance: images by name, at other scales than 5.
 
 What an attack brings out of a U-Net that never saw the concept was taught, not recovered. The
-second table subtracts it: net recovery, in points. It needs models that are trained first:
-`python -m notebooks.experiments.replicates`. Intervals are over erasures and their images (where
-one erasure is stored, over images alone). Each seed has its own images and starting noises; the
-order of batches, the noise attack and the search's seeds are always the same. UCE, RECE and SPEED
-make the same weights with every seed.
+second table subtracts it: net recovery, in points. It needs models that are trained first: `python
+-m notebooks.experiments.replicates`. Intervals are over erasures and their images (where one
+erasure is stored, over images alone). Each seed has its own images and starting noises; the order
+of batches, the noise attack and the search's seeds are always the same. UCE, RECE and SPEED make
+the same weights with every seed, so their intervals, and the original's, are over three sets of
+images, and say nothing of other erasures.
 """
 
 import functools
@@ -39,8 +40,8 @@ MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = ("star", "heart", "mosaic")
 SEEDS = core.SEEDS
 FINDINGS = """\
-- Star, heart and mosaic have three erasures of each kind, and two models that never saw them.
-  Below, two numbers are of star and heart.
+- Star, heart and mosaic have three erasures of each kind (of UCE, RECE and SPEED one, with three
+  sets of images), and two models that never saw them. Below, two numbers are of star and heart.
 - With four learned words, 80 to 98 % of the images show the concept again after ESD-x and closed
   forms, 45 and 50 % after ESD-u. With the empty prompt kept, it is 5 and 12 %.
 - One typed word in front is often enough: "badge a star" in 88 % after ESD-x, "valentine a heart"

@@ -50,18 +50,19 @@ MODELS = [ORIGINAL, *models.compared, NEVER_SAW]
 CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
 FINDINGS = """\
-- No method is first everywhere. Over the nine erasures it is ESD against learned prompts (first
-  with mosaic, third with the heart, fourth with the star), which takes by far the most time and
-  keeps 91 % of the others; ESD-u with the empty prompt kept is first in five of the six erasures of
-  star and heart, and last with mosaic, as one hard prompt recalls a memorised work in all images
-  (see "Is it gone?").
+- No method is first everywhere. Over the nine erasures it is ESD against learned prompts: first
+  with mosaic, third with the heart, fourth with the star. It takes by far the most time, and keeps
+  91 % of the others. ESD-u with the empty prompt kept is first in five of the six erasures of star
+  and heart. With mosaic it is last, as one hard prompt recalls a memorised work in all images (see
+  "Is it gone?").
 - The order by name isn't the order under attack: ESD-x leaves 6 %, UCE 17 %, but learned words
   bring back 76 and 79 points, while concept ablation leaves nothing and is second, though it harms
   the others most (73 % right), above all the mosaic's (48 %).
 - After twenty steps of training, star and heart are shown by 36 to 70 points more than by models
   that never saw them (ESD-x in contexts: 16), but the interval of every single concept includes
-  zero, and a mosaic is taught to all by then: an attacker with images and the weights gets most of
-  these concepts back, or teaches them anew, and these numbers can't tell which.
+  zero, and over all three only those of ESD-u (6 to 91) and SalUn (4 to 90) don't. A mosaic is
+  taught to all by then. So an attacker with images and the weights gets most of these concepts
+  back, or teaches them anew, and for most methods these numbers can't tell which.
 - What doesn't follow: that SD v1 would rank the methods in this order. This is one world of ten
   objects with prompts that are all alike. Ranks of two seeds agree (tau .71 to .89 with all
   concepts together, .37 to .89 for each alone), but three of the eleven methods have the same
