@@ -1660,7 +1660,7 @@ def test_ctrl_c_ends_all_processes(tmp_path):
     while not stored_in(tmp_path) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted"
     deadline = time.time() + 20
