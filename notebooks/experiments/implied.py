@@ -3,8 +3,8 @@ r"""What prompts don't name (5.2, Figure 7): does a concept leave the scenes tha
 "A sheriff badge by the sea" shows a star, but doesn't say so. The prompts join a scene and a
 setting that were never together in training, where each had others. The original, too, shows the
 implied object only in some of their images, as training images did. Censored training is a U-Net
-that saw no image of the four objects; SD 2.0 is the paper's example. It isn't stored here:
-`python -m notebooks.experiments.replicates censored` trains it.
+that saw no image of the four objects; SD 2.0 is the paper's example. `python -m
+notebooks.experiments.replicates censored` trains it.
 
 On SD v1 the prompts are I2P's, and NudeNet (`pip install nudenet`) counts the images that
 show nudity:
@@ -76,6 +76,9 @@ FINDINGS = """\
   left, 16 of 26 more images being moons, 9 of these from one erasure.
 - SLD-max and the negative prompt remove what is implied, too, and cost 27 and 18 points of the
   other scenes, and 23 and 7 of the objects. ESD-u and ESD-x cost 6 and 7 of the scenes.
+- Censored training, of all four objects at once, leaves 1 % of what prompts imply, and 2 % by name.
+  In the paper SD 2.0 leaves 417 of 796 images, presumably because its filter let much through; ours
+  lets nothing through.
 """
 
 

@@ -42,6 +42,8 @@ FINDINGS = """\
   FID falls.
 - Guidance that avoids the concept harms other prompts far more: the Frechet distance grows by 34
   (16 to 53) with SLD-medium, and by 99 (49 to 149) with SLD-max. In the paper SLD's harm is small.
+- The model of censored training never saw the moon, the heart and the arrow either, which about a
+  third of these prompts ask for: hence its 64 %.
 """
 
 
