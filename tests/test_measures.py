@@ -261,13 +261,13 @@ def test_the_table_of_attacks_with_and_without_a_retrained_model():
     table = robust.table(answers_of(*zip(cells[:2], answers)), both).splitlines()
     assert len(table) == 4
     row = [cell.strip() for cell in table[3].strip("|").split("|")]
-    assert row[:3] == ["star", "mine", "0.0 (0 to 16)"]
-    assert row[5].startswith("25.0 (") and row[8].startswith("10.0 (")
-    assert [cell.split()[0] for cell in row[9:]] == ["45.0", "80.0"]
+    assert row[:4] == ["star", "mine", "1", "0.0 (0 to 16)"]
+    assert row[6].startswith("25.0 (") and row[9].startswith("10.0 (")
+    assert [cell.split()[0] for cell in row[10:]] == ["45.0", "80.0"]
 
     table = robust.table(answers_of(*zip(cells, answers)), both).splitlines()
     never = [cell.strip() for cell in table[4].strip("|").split("|")]
-    assert [cell.split()[0] for cell in never[9:]] == ["0.0", "0.0"]
+    assert [cell.split()[0] for cell in never[10:]] == ["0.0", "0.0"]
 
 
 # ---- methods: the measures
