@@ -91,8 +91,7 @@ def x_t_from_model(
 ) -> Iterator[Batch]:
     """Yields x_t that unet, in the paper eps_theta, denoised to a random t (section 4).
 
-    t is one of the sampler's `steps` times. Each trajectory is for one random concept; all
-    x_t in a batch share it and t.
+    Each trajectory is for one random concept; all x_t in a batch share it and t, one of `steps`.
     every_step: yields every x_t of a trajectory, not just one. That is cheaper, but no
     trajectory is one model's: `denoise` is lazy, and takes each step with the newest theta.
     """
@@ -117,8 +116,8 @@ def x_t_from_images(
 ) -> Iterator[Batch]:
     """Yields x_t that are memorised images, noised to a random t (section 5.4).
 
-    t is one of the sampler's `steps` times; all x_t in a batch share it and the image.
-    latents: an image for each of the texts, (len(texts), 4, H, W). unet isn't used.
+    latents: an image for each of the texts, (len(texts), 4, H, W). unet isn't used. All x_t
+    in a batch share the image and t, a random one of the sampler's `steps` times.
     """
     abar = ddim.alphas_cumprod()
     while True:
@@ -188,15 +187,10 @@ def gradient_steps(
 
         optimizer.zero_grad()
         (SCALE * loss).backward()
-        gradients = []
         for group in optimizer.param_groups:
-            gradients += [W.grad for W in group["params"] if W.grad is not None]
-        for gradient in gradients:
-            gradient /= SCALE
-        if not nn.utils.get_total_norm(gradients).isfinite():
-            raise UsageError(
-                f"a gradient at t = {t.tolist()} isn't finite: lower lr or eta, or use float32"
-            )
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= SCALE
         optimizer.step()
         torch.clear_autocast_cache()  # of a caller's autocast: it has the old theta
         yield loss.item()
@@ -366,6 +360,8 @@ def erase(
             save_checkpoint(checkpoint, settings, iteration, theta, stepper, rng)
         if on_step and on_step(iteration, loss, theta):
             break
+    if not all(tensor.isfinite().all() for tensor in theta.values()):
+        raise UsageError("theta isn't finite: lower lr or eta, or use float32")
     return {name: tensor.detach() for name, tensor in theta.items()}
 
 

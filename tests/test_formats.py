@@ -238,7 +238,7 @@ def test_a_vocabulary_that_gives_an_id_twice(folder, tmp_path, sd):
     vocabulary = sd.tokenizer.get_vocab()
     vocabulary["8"] = vocabulary["7"]  # a flipped bit
     (copy / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
-    assert "these should be pairs: [(820, 821)" in refusal(sample.load, copy)
+    assert "each pair should be equal: [(820, 821)" in refusal(sample.load, copy)
 
 
 def test_parts_of_two_models(folder, tmp_path):
