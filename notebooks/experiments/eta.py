@@ -34,7 +34,8 @@ MODELS = [
 ]
 CONCEPTS = ("star", *(name for name in implied.CONCEPTS if name != "star"))
 SEEDS = core.SEEDS
-PAPER = {"ESD-u": "83 / 7", "ESD-u, eta 3": "88 / 14", "ESD-u, eta 10": "92 / 34"}
+PAPER = {"ESD-u": 83, "ESD-u, eta 3": 88, "ESD-u, eta 10": 92}  # reduction of nudity, %
+PAPER_LOST = {"ESD-u": 7, "ESD-u, eta 3": 14, "ESD-u, eta 10": 34}  # object accuracy, points
 COLUMNS = (
     Column("the concept by name, %", by_name),
     Column("the concept in its scenes, %", in_scenes),
@@ -73,7 +74,10 @@ def table(answers: Answers, models: list[Model]) -> str:
     for model in answers.answered(models, concepts, by_name):
         cells = [stats.text(answers.count(model, concepts, column)) for column in COLUMNS]
         less = reduction(answers, model, concepts) if model != MODELS[0] else ""
-        rows.append([model.label, *cells, less, PAPER.get(model.label, "")])
+        of_paper = ""
+        if model.label in PAPER:
+            of_paper = f"{PAPER[model.label]} / {PAPER_LOST[model.label]}"
+        rows.append([model.label, *cells, less, of_paper])
     titles = [column.title for column in COLUMNS]
     header = [
         "erased by", *titles, "reduction in scenes, %",
@@ -87,7 +91,11 @@ def figure(answers: Answers, models: list[Model]):
     """Returns a row for each model: all concepts together."""
     concepts = answers.erased(models, CONCEPTS, by_name)
     models = answers.answered(models, concepts, by_name)
-    return figures.dots(figures.one_dot_each(answers, models, concepts, COLUMNS))
+    shown = 100 * implied.PAPER["original"] / implied.PAPER_IMAGES
+    of_paper = {"original": shown}
+    of_paper |= {label: shown * (1 - percent / 100) for label, percent in PAPER.items()}
+    panels = figures.one_dot_each(answers, models, concepts, COLUMNS)
+    return figures.dots(panels, {COLUMNS[1].title: of_paper})
 
 
 def sheet(context: Context, answers: Answers) -> Image.Image:
