@@ -452,7 +452,7 @@ def test_a_tokenizer_of_another_model(folder, sd, converted, tmp_path):
     vocabulary = sd.tokenizer.get_vocab() | {"zebra</w>": len(sd.tokenizer)}
     (other / "vocab.json").write_text(json.dumps(vocabulary))
     text = refusal(converted, folder, tokenizer=str(other))
-    assert "these should be pairs: [(822, 821)" in text
+    assert "each pair should be equal: [(822, 821)" in text
     assert text.endswith(f"see --tokenizer {other}")
 
 
@@ -461,7 +461,7 @@ def test_a_vocabulary_that_gives_an_id_twice(folder, sd, converted, tmp_path):
     vocabulary = sd.tokenizer.get_vocab()
     vocabulary["8"] = vocabulary["7"]  # a flipped bit
     (other / "vocab.json").write_text(json.dumps(vocabulary))
-    assert "these should be pairs: [(820, 821)" in refusal(converted, folder, tokenizer=str(other))
+    assert "each pair should be equal: [(820, 821)" in refusal(converted, folder, tokenizer=str(other))
 
 
 # ---- erased weights

@@ -1434,6 +1434,8 @@ def check_tables(name: str, examples: dict[str, dict]) -> None:
     table = module.table(Answers(records), models)
     starts = {cell for row in rows_of(table) for cell in row}
     for model in [] if name == "original" else models:
+        if name == "ground_truth" and model.folder:
+            continue  # its rows are of pairs
         label = model.label.partition(", g ")[0]  # guidance: a column for each
         assert any(cell.startswith(label) for cell in starts), label
 
