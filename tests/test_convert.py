@@ -461,7 +461,8 @@ def test_a_vocabulary_that_gives_an_id_twice(folder, sd, converted, tmp_path):
     vocabulary = sd.tokenizer.get_vocab()
     vocabulary["8"] = vocabulary["7"]  # a flipped bit
     (other / "vocab.json").write_text(json.dumps(vocabulary))
-    assert "each pair should be equal: [(820, 821)" in refusal(converted, folder, tokenizer=str(other))
+    text = refusal(converted, folder, tokenizer=str(other))
+    assert "each pair should be equal: [(820, 821)" in text
 
 
 # ---- erased weights
