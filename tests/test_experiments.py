@@ -1602,7 +1602,10 @@ def test_an_experiment_runs(name, kept, tmp_path, capsys):
 
 
 def start(cwd: Path, *words) -> subprocess.Popen:
-    """Starts the command in a folder, with `results` and `weights` there."""
+    """Starts the command in a folder, with `results` and `weights` there.
+
+    It takes Ctrl-C even if these tests run in the background of a script, where it is ignored.
+    """
     toy = ROOT / "notebooks" / "toy" / "model"
     words = [*words, "--quick", "--anew", "--model", toy]
     words += ["--weights", "weights", "--results", "results"]
@@ -1610,6 +1613,7 @@ def start(cwd: Path, *words) -> subprocess.Popen:
         [sys.executable, "-m", "notebooks.experiments.run", *map(str, words)],
         cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
