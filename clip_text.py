@@ -1,11 +1,11 @@
 """The text encoder of Stable Diffusion v1: the text transformer of CLIP ViT-L/14.
 
-    text = TextEncoder(TextConfig())(tokens)      # (B, 77) -> (B, 77, 768)
+    c = TextEncoder(TextConfig())(tokens)      # (B, 77) -> (B, 77, 768)
 
 Radford et al., "Learning Transferable Visual Models From Natural Language
-Supervision", 2021, https://arxiv.org/abs/2103.00020 (section 2.4). tokens are a start
-token, the prompt, and end tokens up to 77. Attribute names are those of the published
-checkpoints without the prefix `text_model.`.
+Supervision", 2021, https://arxiv.org/abs/2103.00020 (section 2.4). tokens are the start
+token 49406, the prompt's, and the end token 49407 repeated up to 77. Attribute names are
+those of the published checkpoints without the prefix `text_model.`.
 
 Shapes: B batch, N tokens (77), D width (768), h heads (12).
 """
@@ -46,8 +46,7 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         position = torch.arange(tokens.shape[1], device=tokens.device)  # (N,)
-        # (B, N) -> (B, N, D)
-        return self.token_embedding(tokens) + self.position_embedding(position)
+        return self.token_embedding(tokens) + self.position_embedding(position)  # (B, N, D)
 
 
 class Attention(nn.Module):
@@ -124,7 +123,10 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=1e-5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, 77) -> text: (B, 77, 768), the last layer's output, normalised."""
+        """Tokens (B, 77) -> features (B, 77, 768): the last layer's, after final_layer_norm.
+
+        Neither pooled nor projected, and not of unit length.
+        """
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 

@@ -1,6 +1,6 @@
 """DDIM sampling for Stable Diffusion v1: the schedule, one step, guidance, the loop.
 
-    predict = ddim.guided_predictor(unet, text, null, guidance=7.5)
+    predict = ddim.guided_predictor(unet, c, null, guidance=7.5)
     for t, x_t in ddim.denoise(predict, noise, steps=50):
         ...
 
@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 TRAIN_STEPS = 1000
-MAX_STEPS = TRAIN_STEPS // 2  # with 501, the times would be 501, 500, ...: far from noise
+MAX_STEPS = TRAIN_STEPS // 2  # with 501, the stride would be 1, the times 501, 500, ..., 1
 BETA_START = 0.00085  # Stable Diffusion v1's
 BETA_END = 0.012
 
@@ -38,10 +38,10 @@ def alphas_cumprod(device: torch.device | str = "cpu") -> Tensor:
 def timesteps(steps: int) -> list[int]:
     """Returns the times that `steps` steps visit, noisiest first; of 50: 981, ..., 21, 1.
 
-    Where `steps` doesn't divide 1000, the times are diffusers', which takes exactly
-    `steps` steps; CompVis's code takes more. The first time is then lower: 799 for 400 steps.
-    It is low for 1 to 3 steps, too, although sampling starts from noise. Raises ValueError
-    outside 1..500.
+    Choose a divisor of 1000. For other numbers the times are diffusers', which takes exactly
+    `steps` steps (CompVis's code takes more), and the first is lower: 799 for 400 steps. For
+    1, 2 and 3 steps it is 1, 501 and 667, although sampling starts from noise. Raises
+    ValueError outside 1..500.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps is {steps}, choose 1 to {MAX_STEPS}")
@@ -98,14 +98,14 @@ def guide(eps_null: Tensor, eps_c: Tensor, guidance: float) -> Tensor:
 
 
 def guided_predictor(
-    unet: Callable, text: Tensor, null: Tensor, guidance: float
+    unet: Callable, c: Tensor, null: Tensor, guidance: float
 ) -> Callable:
-    """Returns a function predict(x_t, t) -> eps that is guided from `null` to `text`.
+    """Returns a function predict(x_t, t) -> eps that is guided from `null` to `c`.
 
-    text and null are (B, 77, 768); null is the empty prompt or a negative one. Both
-    predictions are made in one batch of 2B.
+    c and null are (B, 77, 768); null is the empty prompt or a negative one. t is one time
+    for the whole batch, (). Both predictions are made in one batch of 2B.
     """
-    both = torch.cat([null, text])
+    both = torch.cat([null, c])
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         eps_null, eps_c = unet(torch.cat([x_t, x_t]), t, both).chunk(2)

@@ -1,6 +1,6 @@
 """The U-Net of Stable Diffusion v1: predicts a latent's noise, given time and text.
 
-    eps = UNet(UNetConfig())(x_t, t, text)
+    eps = UNet(UNetConfig())(x_t, t, context)
     # (B, 4, 64, 64), (B,), (B, 77, 768) -> (B, 4, 64, 64)
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
@@ -9,9 +9,9 @@ are those of the published checkpoints in diffusers' layout, so that they load a
 are.
 
 Shapes: B batch, C channels, H W feature map, N = H*W tokens of it, M tokens of context
-(N in self-attention, the text's 77 in cross-attention), D width of a token, h heads,
+(N in self-attention, the prompt's 77 in cross-attention), D width of a token, h heads,
 d = D/h; in forward, h is the hidden features. emb is the time embedding, (B, 4 * C of the
-first level).
+first level); from TransformerBlock on, context is the prompt's features, (B, 77, 768).
 """
 
 import math
@@ -38,7 +38,10 @@ class UNetConfig:
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim): cosines, then sines, of t / 10000^(i / (dim/2)), i < dim/2."""
+    """(B,) -> (B, dim): cosines, then sines, of t / 10000^(i / (dim/2)), i < dim/2.
+
+    "Attention Is All You Need", section 3.5, which has sines and cosines in turn.
+    """
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * freqs  # (B, dim/2)
@@ -112,7 +115,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)  # (B, N, D_out) each
-        return value * F.gelu(gate)
+        return value * F.gelu(gate)  # exact, not the tanh approximation
 
 
 class FeedForward(nn.Module):
@@ -133,38 +136,40 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, MLP: (B, N, D), (B, 77, 768) -> (B, N, D)."""
 
-    def __init__(self, dim: int, text_dim: int, heads: int):
+    def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
         self.attn1 = Attention(dim, dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.attn2 = Attention(dim, text_dim, heads)  # what ESD-x tunes
+        self.attn2 = Attention(dim, context_dim, heads)  # what ESD-x tunes
         self.norm3 = nn.LayerNorm(dim, eps=1e-5)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         normed = self.norm1(x)
         x = x + self.attn1(normed, normed)
-        x = x + self.attn2(self.norm2(x), text)
+        x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
     """A transformer block over a feature map's pixels: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels: int, text_dim: int, heads: int, groups: int):
+    def __init__(self, channels: int, context_dim: int, heads: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in resnets
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, text_dim, heads)])
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, context_dim, heads)]
+        )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         H, W = x.shape[2:]
         h = self.proj_in(self.norm(x))
         h = h.flatten(2).transpose(1, 2)  # (B, H*W, C)
 
-        h = self.transformer_blocks[0](h, text)
+        h = self.transformer_blocks[0](h, context)
 
         h = h.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
         return x + self.proj_out(h)
@@ -192,65 +197,77 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """The resnets of one level, each followed by a transformer if it has attention."""
+def level_layers(
+    inputs: list[int], c_out: int, attention: bool, config: UNetConfig
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """Returns a level's resnets, and as many transformers, or none without attention.
 
-    def __init__(self, inputs: list[int], c_out: int, attention: bool, config: UNetConfig):
-        """inputs: the input channels of each resnet."""
+    inputs: the input channels of each resnet.
+    """
+    emb_dim = 4 * config.block_out_channels[0]
+    groups = config.norm_num_groups
+
+    resnets = nn.ModuleList()
+    for c_in in inputs:
+        resnets.append(ResnetBlock(c_in, c_out, emb_dim, groups))
+
+    transformers = nn.ModuleList()
+    if attention:
+        for _ in inputs:
+            transformers.append(
+                SpatialTransformer(c_out, config.cross_attention_dim, config.heads, groups)
+            )
+    return resnets, transformers
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: returns x and the outputs of all its layers, which are skips."""
+
+    def __init__(
+        self, inputs: list[int], c_out: int, attention: bool, config: UNetConfig, resample: bool
+    ):
         super().__init__()
-        emb_dim = 4 * config.block_out_channels[0]
-        groups = config.norm_num_groups
-
-        self.resnets = nn.ModuleList(
-            [ResnetBlock(c_in, c_out, emb_dim, groups) for c_in in inputs]
-        )
-        self.attentions = nn.ModuleList()
-        if attention:
-            for _ in inputs:
-                self.attentions.append(
-                    SpatialTransformer(c_out, config.cross_attention_dim, config.heads, groups)
-                )
-
-    def layer(self, i: int, x: Tensor, emb: Tensor, text: Tensor) -> Tensor:
-        """Resnet i, then its transformer, if any: (B, C_in, H, W) -> (B, C_out, H, W)."""
-        x = self.resnets[i](x, emb)
-        return self.attentions[i](x, text) if self.attentions else x
-
-
-class DownBlock(Level):
-    """One level on the way down: returns the output of each layer; all are skips."""
-
-    def __init__(self, inputs, c_out, attention, config, resample: bool):
-        super().__init__(inputs, c_out, attention, config)
+        self.resnets, self.attentions = level_layers(inputs, c_out, attention, config)
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample else [])
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> list[Tensor]:
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
         skips = []
-        for i in range(len(self.resnets)):
-            x = self.layer(i, x, emb, text)
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)  # (B, C_out, H, W)
+            if self.attentions:
+                x = self.attentions[i](x, context)
             skips.append(x)
 
         for down in self.downsamplers:
-            x = down(x)  # (B, C, H/2, W/2)
+            x = down(x)  # (B, C_out, H/2, W/2)
             skips.append(x)
 
-        return skips
+        return x, skips
 
 
-class UpBlock(Level):
+class UpBlock(nn.Module):
     """One level on the way up: each resnet takes x and one skip, the latest first."""
 
-    def __init__(self, inputs, c_out, attention, config, resample: bool):
-        super().__init__(inputs, c_out, attention, config)
+    def __init__(
+        self, inputs: list[int], c_out: int, attention: bool, config: UNetConfig, resample: bool
+    ):
+        super().__init__()
+        self.resnets, self.attentions = level_layers(inputs, c_out, attention, config)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample else [])
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
-        for i, skip in enumerate(skips):
-            x = torch.cat([x, skip], dim=1)  # (B, C_x + C_skip, H, W)
-            x = self.layer(i, x, emb, text)
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]
+    ) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = torch.cat([x, skips[-1 - i]], dim=1)  # (B, C_x + C_skip, H, W)
+            x = resnet(x, emb)  # (B, C_out, H, W)
+            if self.attentions:
+                x = self.attentions[i](x, context)
 
         for up in self.upsamplers:
-            x = up(x)  # (B, C, 2H, 2W)
+            x = up(x)  # (B, C_out, 2H, 2W)
 
         return x
 
@@ -270,14 +287,14 @@ class MidBlock(nn.Module):
             [ResnetBlock(channels, channels, emb_dim, groups) for _ in range(2)]
         )
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[0](x, emb)
-        x = self.attentions[0](x, text)
+        x = self.attentions[0](x, context)
         return self.resnets[1](x, emb)
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, c, t): predicts the noise in x_t, given time t and text c."""
+    """eps_theta(x_t, c, t): predicts the noise in x_t, given time t and the prompt c."""
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
@@ -320,29 +337,31 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
-    def forward(self, x_t: Tensor, t: Tensor | int, text: Tensor) -> Tensor:
-        """x_t: (B, 4, 64, 64), t: (B,) or a number, text: (B, 77, 768) -> eps, as x_t.
+    def forward(self, x_t: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
+        """(B, 4, 64, 64), (B,) or () or a number, (B, 77, 768) -> eps, (B, 4, 64, 64).
 
-        Computes in the weights' dtype and returns x_t's.
+        context: the prompt's features, c. Computes in the weights' dtype and returns x_t's.
         """
         dtype = self.conv_in.weight.dtype
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))  # (B,)
         t_emb = timestep_embedding(t, self.config.block_out_channels[0]).to(dtype)
         emb = self.time_embedding(t_emb)  # (B, 1280)
 
-        skips = [self.conv_in(x_t.to(dtype))]  # (B, 320, 64, 64)
+        x = self.conv_in(x_t.to(dtype))  # (B, 320, 64, 64)
+        skips = [x]
         for block in self.down_blocks:
-            skips += block(skips[-1], emb, text)  # a block's input is the latest output
+            x, new_skips = block(x, emb, context)
+            skips += new_skips
 
-        x = self.mid_block(skips[-1], emb, text)  # (B, 1280, 8, 8)
+        x = self.mid_block(x, emb, context)  # (B, 1280, 8, 8)
 
         for block in self.up_blocks:
-            own_skips = []
-            for _ in block.resnets:
-                own_skips.append(skips.pop())  # the latest first
-            x = block(x, emb, text, own_skips)  # (B, 320, 64, 64) after the last
+            used = len(block.resnets)  # one skip each, the latest
+            x = block(x, emb, context, skips[-used:])
+            skips = skips[:-used]
 
-        return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 4, 64, 64)
+        return x.to(x_t.dtype)
 
 
 def config_from_json(config: dict) -> UNetConfig:

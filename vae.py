@@ -230,9 +230,14 @@ class VAE(nn.Module):
 
 def config_from_json(config: dict) -> VAEConfig:
     """Returns the config that a published `vae/config.json` describes; old ones lack entries."""
-    known = {name: config[name] for name in VAEConfig.__dataclass_fields__ if name in config}
-    known["block_out_channels"] = tuple(config["block_out_channels"])
-    return VAEConfig(**known)
+    return VAEConfig(
+        in_channels=config["in_channels"],
+        latent_channels=config["latent_channels"],
+        block_out_channels=tuple(config["block_out_channels"]),
+        layers_per_block=config["layers_per_block"],
+        norm_num_groups=config.get("norm_num_groups", 32),
+        scaling_factor=config.get("scaling_factor", 0.18215),
+    )
 
 
 OLD_ATTENTION_NAMES = {
