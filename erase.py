@@ -49,7 +49,7 @@ class Text(NamedTuple):
 
     concept: Tensor  # c
     null: Tensor
-    anchor: Tensor  # what x_t is drawn for, not what c becomes: c, unless another prompt is given
+    anchor: Tensor  # what x_t is drawn for: c by default; another loss may teach it to c
     index: int = 0  # of the concept, where several are erased
 
 
@@ -92,8 +92,8 @@ def x_t_from_model(
     """Yields x_t that unet, in the paper eps_theta, denoised to a random t (section 4).
 
     Each trajectory is for one random concept; all x_t in a batch share it and t, one of `steps`.
-    every_step: yields every x_t of a trajectory, not just one. That is cheaper, but no
-    trajectory is one model's: `denoise` is lazy, and takes each step with the newest theta.
+    steps, guidance: the defaults are the code's, as the paper gives none. every_step: yields
+    every x_t of a trajectory, not just one. Cheaper, but each step has a newer theta.
     """
     while True:
         text = texts[torch.randint(len(texts), (1,), generator=rng).item()]
@@ -141,18 +141,18 @@ def trainable_copies(
     for name, parameter in unet.named_parameters():
         name = name.removeprefix("_orig_mod.")  # of a compiled U-Net
         if is_tuned(name):
+            # in bfloat16, most of Adam's steps of 1e-5 would round to nothing
             copied = parameter.detach().to(torch.float32, copy=True)
             theta[name] = copied.requires_grad_()
     return theta
 
 
 def with_theta(frozen: nn.Module, theta: dict[str, Tensor] | Callable) -> Callable:
-    """Returns unet(x_t, t, c): `frozen`, called with the newest theta in place, in its dtype.
+    """Returns unet(x_t, t, c): `frozen`, called with the newest theta, cast to its dtype.
 
-    theta: a dict, or a function that returns one, such as theta* + up @ down for a
-    LoRA. Both models are one module: a hook or an adapter on it acts on theta* too, and
-    the loss still looks right. To change one of them, put it on a copy.deepcopy of the
-    module.
+    theta: a dict, or a function that returns one, such as theta* + up @ down for a LoRA.
+    Both models are one module: a hook or an adapter on it acts on theta* too, and the loss
+    still looks right. To change one of them, put it on a copy.deepcopy of the module.
     """
     dtype = next(frozen.parameters()).dtype
     prefix = "_orig_mod." if hasattr(frozen, "_orig_mod") else ""  # of a compiled U-Net
@@ -309,8 +309,9 @@ def erase(
 ) -> dict[str, Tensor]:
     """Runs ESD and returns theta; `sd` isn't changed.
 
-    The defaults are the paper's values, or its code's where the paper gives none; both
-    compute in float32, and here sd's dtype is used.
+    The defaults are the paper's values, or its code's where the paper gives none. theta, its
+    gradients and Adam's state are float32; the U-Net computes in sd's dtype, by default
+    bfloat16 on a GPU, where the paper's code has float32.
 
     concepts: as `texts_for` takes them.
     data: called with (unet, texts, shape, rng); its other arguments are bound with
@@ -335,7 +336,7 @@ def erase(
 
     unet = with_theta(sd.unet, theta)
     rng = Generator().manual_seed(seed)
-    stepper = optimizer(theta.items(), lr)
+    stepper = optimizer(theta.items(), lr)  # pairs, so that an optimizer may go by name
     settings = dict(
         concepts=concepts, method=method, eta=eta, lr=lr, iterations=iterations,
         batch=batch, seed=seed, loss=loss_fn, data=data, optimizer=optimizer,
@@ -476,7 +477,7 @@ def draw_before_and_after(
     for prompt in prompts:
         for when, model in models.items():
             images = sample.generate(
-                model, [prompt], num=4, seed=seed, steps=25, progress=True
+                model, [prompt], num=4, seed=seed, steps=25, progress=True  # half: a quick look
             )
             rows.append((f"{prompt}, {when}", images))
     return sample.contact_sheet(rows)

@@ -93,7 +93,7 @@ class StableDiffusion:
         pixels = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # (B, 3, 8H, 8W)
         scaled = pixels / 127.5 - 1
 
-        # the mean of q(z|x), not a sample
+        # the mean of q(z|x), where LDM draws a sample: one image, one latent
         mean, _ = self.vae.encode(scaled.to(self.device, self.dtype))
         return mean.float() * self.vae.config.scaling_factor
 
@@ -184,20 +184,20 @@ def generate(
     width, height = image_size(sd, size)
     factor = sd.vae.config.factor
     shape = (sd.unet.config.in_channels, height // factor, width // factor)
-    text = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P * num, 77, 768)
+    features = sd.encode(prompts).repeat_interleave(num, dim=0)  # (P * num, 77, 768)
     noise = torch.cat([starting_noise(shape, num, each) for each in seeds])
     null = sd.encode([negative])  # (1, 77, 768)
     rng = Generator().manual_seed(seeds[0])
 
     images = []
     bar = tqdm(total=len(noise) * steps, unit="step", delay=1, disable=not progress)
-    for x_T, c in zip(noise.split(batch), text.split(batch)):
+    for x_T, c in zip(noise.split(batch), features.split(batch)):
         predict = predictor(sd.unet, c, null.expand_as(c), guidance)
         for t, x_t in denoise(predict, x_T.to(sd.device), steps, rng):
             if t > 0:  # 0 is the image, not a step
                 bar.update(len(x_t))
         first = prompts[len(images) // num]
-        images += sd.decode(x_t, f"the batch from {first!r} on")
+        images += sd.decode(x_t, f"the batch from {first!r} on")  # the last x_t is x_0
     bar.close()
     return images
 
@@ -363,7 +363,7 @@ def read_configs(folder: Path) -> dict[str, Any]:
     return configs
 
 
-def read_weights(folder: Path, configs: dict[str, Any], source: str | Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, source: str | Path) -> dict[str, Tensor]:
     """Returns the tensors of all parts, named `unet.conv_in.weight` and so on.
 
     source: the name under which the user knows the folder, for the error.
@@ -404,6 +404,13 @@ def assign_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | P
     return leftover
 
 
+def print_left_out(source: str | Path, names: list[str]) -> None:
+    """Prints how many of a source's tensors aren't used, if any, and the first three."""
+    if names:
+        first = ", ".join(names[:3])
+        print(f"{source}: left out {len(names)} tensors: {first}", file=sys.stderr)
+
+
 def download(name: str) -> Path:
     """Returns a hub repository's folder in the hub's cache: once there, no network is needed.
 
@@ -422,14 +429,14 @@ def download(name: str) -> Path:
     return folder
 
 
-def load_tokenizer(folder: Path) -> Callable:
-    """Returns the tokenizer of a model's folder."""
+def load_tokenizer(source: str | Path) -> Callable:
+    """Returns the tokenizer of a folder or a hub repository."""
     from transformers import CLIPTokenizer  # here, so that --help doesn't wait a second for it
 
     try:
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    except Exception as error:
-        raise UsageError(f"no tokenizer in {folder / 'tokenizer'}: {error}") from error
+        return CLIPTokenizer.from_pretrained(source)
+    except Exception as error:  # damaged files can raise anything
+        raise UsageError(f"no tokenizer in {source}: {error}") from error
 
 
 def check_parts(sd: StableDiffusion) -> None:
@@ -450,6 +457,19 @@ def convert_hint(source: str | Path, out: str = "", *flags: str) -> str:
     out = out or f"{Path(source).stem}-converted"
     words = ["python", "-m", "notebooks.tools.convert", str(source), *flags, "--out", out]
     return f"convert it: {shlex.join(words)}"
+
+
+def find_folder(model: str | Path) -> Path:
+    """Returns a model's folder, downloaded if there is none here. Raises UsageError."""
+    folder = Path(model).absolute()
+    if folder.is_file():
+        raise UsageError(f"it is a file, not a folder; {convert_hint(model)}")
+    if folder.exists():
+        return folder
+    try:
+        return download(str(model))
+    except Exception as error:  # of the network, the hub, or damaged files
+        raise UsageError(f"no such folder here; on the hub: {one_line(error)}") from error
 
 
 def choose_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -478,28 +498,26 @@ def load(
     converts them. In float32 on the CPU, weights stay mapped from their files: don't
     overwrite those.
     """
-    prefix = ""
     try:
-        folder = Path(model).absolute()
-        if folder.is_file():
-            raise UsageError(f"it is a file, not a folder; {convert_hint(model)}")
-        if not folder.exists():
-            prefix = "no such folder here; on the hub: "
-            folder = download(str(model))
+        folder = find_folder(model)
         configs = read_configs(folder)
+        tensors = read_weights(folder, model)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    except Exception as error:  # damaged files can raise anything
+        raise UsageError(f"can't load {model}: {one_line(error)}") from error
+
+    try:
         with torch.device("meta"):  # takes no memory
             parts = nn.ModuleDict({name: PARTS[name].model(configs[name]) for name in PARTS})
-
-        leftover = assign_tensors(parts, read_weights(folder, configs, model), folder)
+        leftover = assign_tensors(parts, tensors, folder)
         parts.to(*choose_device(device, dtype))
-        sd = StableDiffusion(**parts, tokenizer=load_tokenizer(folder))
+        sd = StableDiffusion(**parts, tokenizer=tokenizer)
         check_parts(sd)
-    except Exception as error:  # damaged files and missing devices can raise anything
-        raise UsageError(f"can't load {model}: {prefix}{one_line(error)}") from error
+    except (ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+        # of sizes that don't fit, or no such device; a mistake in a model's code differs
+        raise UsageError(f"can't load {model}: {one_line(error)}") from error
 
-    if leftover:
-        names = ", ".join(leftover[:3])
-        print(f"{folder}: left out {len(leftover)} tensors: {names}", file=sys.stderr)
+    print_left_out(folder, leftover)
     return sd
 
 

@@ -72,8 +72,14 @@ def test_a_folder_without_a_part_is_refused(folder, tmp_path, part):
 def test_a_config_without_an_entry_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "vae" / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match=f"can't load {copy}: KeyError: 'block_out_channels'"):
+    with pytest.raises(UsageError, match=f"can't load {copy}: KeyError: 'in_channels'"):
         sample.load(copy)
+
+
+def test_a_mistake_in_a_models_code_keeps_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr(sample.unet, "MidBlock", None)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        sample.load(folder)
 
 
 def with_other_tensors(folder, tmp_path, changed, removed=()):

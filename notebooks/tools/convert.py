@@ -14,7 +14,7 @@ import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import torch
 from huggingface_hub import snapshot_download
@@ -66,13 +66,6 @@ def refusal_in_one_line(source: str | Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise UsageError(f"can't convert {source}: {about_it(error, source)}") from error
-
-
-def print_left_out(source: str | Path, names: list[str]) -> None:
-    """Prints how many tensors of a source aren't in the output, and the first three."""
-    if names:
-        first = ", ".join(names[:3])
-        print(f"{source}: left out {len(names)} tensors: {first}", file=sys.stderr)
 
 
 # ---- one file of tensors
@@ -348,24 +341,6 @@ def find_tokenizer(path: Path) -> str:
     return CLIP
 
 
-def load_tokenizer(name: str) -> Callable:
-    """Returns the tokenizer of a folder or a hub repository."""
-    from transformers import CLIPTokenizer  # takes a second
-
-    try:
-        return CLIPTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise UsageError(f"no tokenizer in {name}, see --tokenizer: {error}") from error
-
-
-def check_parts(sd: sample.StableDiffusion, tokenizer: str) -> None:
-    """Raises UsageError where parts of two models, or another's tokenizer, came together."""
-    try:
-        sample.check_parts(sd)
-    except UsageError as error:
-        raise UsageError(f"{error}; see --tokenizer {tokenizer}") from error
-
-
 def read_model(
     source: str | Path,
     ema: bool = False,
@@ -401,9 +376,12 @@ def read_model(
     leftover = sample.assign_tensors(nn.ModuleDict(parts), tensors, described)
 
     tokenizer = tokenizer or find_tokenizer(path)
-    sd = sample.StableDiffusion(**parts, tokenizer=load_tokenizer(tokenizer))
-    check_parts(sd, tokenizer)
-    print_left_out(source, leftover)
+    try:
+        sd = sample.StableDiffusion(**parts, tokenizer=sample.load_tokenizer(tokenizer))
+        sample.check_parts(sd)
+    except UsageError as error:  # no tokenizer, another model's, or parts of two models
+        raise UsageError(f"{error}; see --tokenizer {tokenizer}") from error
+    sample.print_left_out(source, leftover)
     return sd
 
 
