@@ -1487,13 +1487,16 @@ def test_figures_show_the_numbers_of_their_tables():
     texts = [each.get_text() for each in drawn.axes[0].texts]
     assert texts[:2] == ["1.  90.0  better", "2.  50.0  worse"]
 
-    panel = {"row": {"x": 12.0, "y": math.nan}, "other": {"x": 0.0, "y": math.nan}}
-    below = {"row": {"x": math.nan, "y": math.nan}, "other": {"x": 7.0, "y": math.nan}}
+    nothing = stats.estimate([])
+    some = {"x": stats.Estimate(12, 1, 30), "y": nothing}
+    panel = {"row": some, "other": {"x": stats.Estimate(9, -1, 19), "y": nothing}}
+    below = {"row": {"x": nothing, "y": nothing}, "other": some}
     drawn = figures.heat_map({"a": panel, "b": below})
     upper, lower = drawn.axes
-    assert upper.images[0].get_array().tolist() == [[12, None], [0, None]]
-    assert [each.get_text() for each in upper.texts] == ["12", "0"]
-    assert [each.get_text() for each in lower.texts] == ["7"]
+    assert upper.images[0].get_array().tolist() == [[12, None], [9, None]]
+    assert upper.images[0].get_alpha()[:, 0].tolist() == [1, 0.25]
+    assert [each.get_text() for each in upper.texts] == ["12", "(9)"]
+    assert [each.get_text() for each in lower.texts] == ["12"]
     assert lower.get_position().y1 < upper.get_position().y0
     figures.pyplot.close("all")
 

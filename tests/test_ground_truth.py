@@ -464,14 +464,15 @@ def test_a_closed_form_is_one_model_whatever_the_seed():
 def test_the_main_readme_has_rows_of_the_verdict():
     """Rounded, and without intervals."""
     answers = run.stored("verdict")
-    by_label = {model.label: model for model in models.compared}
+    by_label = {"the original": models.original}
+    by_label |= {model.label: model for model in models.compared}
     columns = {"by name": "by name", "learned words": "learned words", "hard prompt": "hard prompt",
                "20 training steps": "training", "others right": "kept"}
     titles = [*verdict.SHARES, *verdict.ATTACKS]
     page = (Path(__file__).parents[1] / "README.md").read_text()
     _, _, table = page.partition(f"| | {' | '.join(columns)} |\n")
     rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()[1:]]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for label, *numbers in rows:
         model = by_label[re.sub(r"\[(.*)\]\(.*\)", r"\1", label)]
         cells = verdict.row(answers, model, verdict.CONCEPTS)

@@ -3,9 +3,12 @@
 95 % intervals are thin lines, the paper's values crosses. Shares are in percent.
 """
 
+import itertools
 import math
 from pathlib import Path
 from typing import Iterable, NamedTuple
+
+import numpy as np
 
 try:
     from matplotlib import pyplot
@@ -260,10 +263,10 @@ def lines(
     return figure
 
 
-def with_values(panels: dict[str, dict[str, dict[str, float]]]) -> dict:
+def with_values(panels: dict[str, dict[str, dict[str, Estimate]]]) -> dict:
     """Returns the panels and the rows that have any values; all panels keep the same rows."""
-    def is_empty(cells: dict[str, float]) -> bool:
-        return all(math.isnan(value) for value in cells.values())
+    def is_empty(cells: dict[str, Estimate]) -> bool:
+        return all(math.isnan(value.mean) for value in cells.values())
 
     rows = {}
     for of_concept in panels.values():
@@ -276,10 +279,11 @@ def with_values(panels: dict[str, dict[str, dict[str, float]]]) -> dict:
     return found
 
 
-def heat_map(panels: dict[str, dict[str, dict[str, float]]]) -> Figure:
+def heat_map(panels: dict[str, dict[str, dict[str, Estimate]]]) -> Figure:
     """Returns a panel for each title, one below the other: row -> column -> percent.
 
-    All panels have the same rows and columns; nan is blank.
+    All panels have the same rows and columns; nan is blank. A number whose interval has
+    zero in it is in parentheses and pale: it may be chance.
     """
     panels = panels or {NOTHING: {}}
     first = next(iter(panels.values()))
@@ -292,16 +296,21 @@ def heat_map(panels: dict[str, dict[str, dict[str, float]]]) -> Figure:
     )
 
     for axis, (title, panel) in zip(axes[:, 0], panels.items()):
-        values = [[panel[row][column] for column in columns] for row in rows]
+        means = np.full((len(rows), len(columns)), math.nan)
+        alpha = np.ones_like(means)
+        for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+            mean, low, _ = panel[row][column]
+            if math.isnan(mean):
+                continue
+            means[i, j] = mean
+            alpha[i, j] = 1 if low > 0 else 0.25
+            text = f"{mean:.0f}" if low > 0 else f"({mean:.0f})"
+            colour = "white" if low > 0 and mean > 60 else "black"
+            axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
         if columns:
-            axis.imshow(values, vmin=0, vmax=100, cmap="Reds", aspect="auto")
-        for i, line in enumerate(values):
-            for j, value in enumerate(line):
-                if not math.isnan(value):
-                    colour = "white" if value > 60 else "black"
-                    axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour,
-                              fontsize=8)
+            axis.imshow(means, vmin=0, vmax=100, cmap="Reds", aspect="auto", alpha=alpha)
         axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
         axis.set_title(title, fontsize=10)
+    figure.supxlabel("percent; in parentheses where the interval includes zero", fontsize=8)
     return figure

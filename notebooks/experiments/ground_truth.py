@@ -14,10 +14,10 @@ Distances, all but the last for the concept's own prompt:
   with one noise for each ([`methods/distances.py`](../methods/distances.py)).
 - **by name**: the total variation between what the judge sees in 50 images of the prompt, from
   the same noises for all models (0: the same; 1: nothing in common).
-- **in scenes**: the same for the held-out scenes. Images of equal seeds start from equal noises
-  and look more alike, so only pairs of unequal seeds count. There are 24 images of the star and 20
-  of the heart: two such sets from one model that drew ten objects equally often would be about .35
-  apart.
+- **in scenes**: the same for the held-out scenes. Images of equal seeds start from equal noises and
+  look more alike, so only pairs of unequal seeds count. There are 24 images of the star and 20 of
+  the heart, so even two sets from one model differ by chance: by about .35 if it drew ten objects
+  equally often, less if it prefers some.
 
 Each erasure is compared with both models that never saw its concept. Eps and FADE are also given in
 units of the null: 1 is as far as these two are from each other. How much such a distance varies is
@@ -85,28 +85,30 @@ FINDINGS = """\
   three pairs that never saw a concept differ so much (.50, .16 and .04) that their limit would be
   above 1.
 - By eps, no method is within the null, with any concept. With star and heart, no kind of erasure is
-  more than .2 units nearer than the original, which is at 1.4 and 1.6. By more than chance, SalUn
-  and eta by the odds are nearer with the star, ESD-u with the heart (by .06). On average ESD-x,
-  ESD-u against learned prompts and concept ablation are farther than the original with both, SalUn
-  with the heart; only concept ablation with the star (1.95) by more than chance. With mosaic the
-  original is at 2.44, and most are nearer, at 2.07 to 2.35; against learned prompts it is 2.71,
-  with concept ablation 6.74, both farther by more than chance.
+  more than .2 units nearer than the original, which is at 1.4 and 1.6. SalUn and eta by the odds
+  are nearer with the star, ESD-u with the heart (by .06), by more than their intervals; but of 18
+  such intervals about one excludes the original by chance, and the original is a single model. On
+  average ESD-x, ESD-u against learned prompts and concept ablation are farther than the original
+  with both, SalUn with the heart; only concept ablation with the star (1.95) by more than its
+  interval. With mosaic the original is at 2.44, and most are nearer, at 2.07 to 2.35; against
+  learned prompts it is 2.71, with concept ablation 6.74, both farther by more than their intervals.
 - By FADE, in units of the null, most are nearer than the original, which is at 1.9, 2.7 and 5.6
   (star, heart, mosaic): ESD-x and ESD-u at 1.3 to 2.8, UCE, RECE and SPEED at .93 to 1.3. These
-  three, each a single model, are within the null with all concepts; with the star, SalUn (1.30) and
-  ESD-x in contexts (1.31) just are, and ESD-x (1.36) just isn't: too near to the limit to tell.
-  (ESD against learned prompts is farther than the original with the star and, by no more than
-  chance, with the heart; concept ablation with all: 3.6, 4.4 and 11.5.) And yet UCE's still draws a
-  star in a third of 50 images, and RECE's a heart in 40 of them: near isn't erased. FADE compares
-  what each model draws without guidance, eps images that show the concept, and the judge sees
-  images drawn with guidance 5.
-- For "a star", one of the two draws arrows in half of 50 images (none of the ten objects in 36 %),
-  the other triangles (14 %). So even these two are .50 apart by name, and ESD-u, with .41 (.39 with
-  the empty prompt kept), is no farther from them. For "a heart", both draw mostly circles and
-  arrows; the judge takes 10 and 16 % for a heart. (An earlier model, trained for fewer steps, drew
-  46 %, so that was mostly too little training; a [text encoder](https://arxiv.org/abs/2412.07229)
-  that never saw a heart wasn't tried.) They are .16 apart, and every erasure is .50 or more from
-  them.
+  three are within the null with all concepts. Each is a single model, and 32 latents, so without an
+  interval, and too near to the limit of 1.33 to tell are RECE with the heart (1.28) and, with the
+  star, SalUn (1.30), ESD-x in contexts (1.31) and ESD-x (1.36). (ESD against learned prompts is
+  farther than the original with the star and, by no more than chance, with the heart; concept
+  ablation with all: 3.6, 4.4 and 11.5.) And yet UCE's still draws a star in a third of 50 images,
+  and RECE's a heart in 40 of them: near isn't erased. FADE compares what each model draws without
+  guidance, eps images that show the concept, and the judge sees images drawn with guidance 5.
+- For "a star", one of the two draws arrows in half of 50 images (and none of the ten objects in 36
+  %), the other triangles (and none in 14 %). So even these two are .50 apart by name, and ESD-u,
+  with .41 (.39 with the empty prompt kept), is no farther from them on average: it is nearer to
+  star_0, which shares random numbers with the original, than to star_1. For "a heart", both draw
+  mostly circles and arrows; the judge takes 10 and 16 % for a heart. (An earlier model, which isn't
+  stored, was trained for fewer steps and drew 46 %: too little training may be the reason. A [text
+  encoder](https://arxiv.org/abs/2412.07229) that never saw a heart wasn't tried.) They are .16
+  apart, and every kind of erasure is .50 or more from them on average.
 - For mosaic, both draw plain pictures (44 and 42 of 50), the others with dots. Closed forms, but
   for 4 to 10 % mosaics, and concept ablation do so, too (.16 to .20 from them), and so do ESD-u
   (.28) and SalUn (.30), but for 14 to 22 % mosaics. ESD-x (.65) and ESD-u with the empty prompt
@@ -114,18 +116,19 @@ FINDINGS = """\
   and yet not like a model that never saw it.
 - In scenes, two such models are .21 and .25 apart, and two originals .18 and .15. ESD-u (all kinds
   of it), SalUn and concept ablation are at .26 to .43 from the star's and at .18 to .37 from the
-  heart's; ESD-x, UCE, RECE and SPEED (.55 to .75) about as far as the original (.59, .75). With 24
-  and 20 images, .35 can be chance.
+  heart's; ESD-x and SPEED (.55 to .75) about as far as the original (.59, .75), and so are UCE and
+  RECE. But each closed form is one set of images against one model, and the images of their other
+  seeds show fewer stars. With 24 and 20 images, a part of all these distances is chance.
 - By eps, all are a little nearer to star_0, the original by .005 and erasures by .001 to .010. With
   mosaic, where neither model shares random numbers with the original, it is much the same: 24 of 28
   are nearer to mosaic_0, the original by .005, erasures by up to .010. With the heart, 13 of 31 are
-  nearer to heart_0, none by more than .007. So the star's may be chance, too.
+  nearer to heart_0, by up to .004, the others to heart_1, by up to .007. So by eps the star's may
+  be chance, too. By name, two models can't tell.
 - Eta by the odds was made to be nearest. By eps it is with the star (1.25; SalUn, at 1.29, is no
-  farther by more than chance), and among the nearest with the heart (1.49). Of its differences from
-  ESD-x and ESD-u, only one excludes zero: with the star, it is nearer than ESD-x by .026 (.019 to
-  .034, seed by seed; with the heart .019, -.014 to .052). In nats, none does. And 23 % of its
-  images show a star, 46 % a heart. The probable reason: its target is right for drawing without
-  guidance, and we draw with 5, which overshoots it.
+  farther by more than chance), and among the nearest with the heart (1.49). Of its eight
+  differences from ESD-x and ESD-u, one excludes zero, as one of eight does by chance in a third of
+  cases: with the star, it is nearer than ESD-x by .026 (.019 to .034, seed by seed; with the heart
+  .019, -.014 to .052). And 23 % of its images show a star, 46 % a heart. Why isn't known.
 """
 
 NEVER = [Reference(NEVER_SAW, seed) for seed in NEVER_SAW.seeds]
@@ -223,16 +226,15 @@ def asks_of(model: Model, seed: int, concept: str) -> list[Ask]:
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
-    found = {}
+    found = []
     for concept in concepts:
         erased = core.as_tuple(concept)
         for model, seed, each in itertools.product(models, seeds, erased):
             if seed != SEEDS[0] and not depends_on_seed(model):
                 continue
             asks = asks_of(model, seed, each)
-            for cell in core.grid([model], [erased], asks=asks, seeds=[seed]):
-                found[cell.key] = cell
-    return [*found.values()]
+            found += core.grid([model], [erased], asks=asks, seeds=[seed])
+    return found
 
 
 # ---- distances
@@ -449,8 +451,9 @@ def table(answers: Answers, models: list[Model]) -> str:
         for model in models:
             cells = row(answers, model, concept)
             if model not in (NEVER_SAW, AGAIN) and any(cells):
-                num = len(of_erasures(answers, model, concept, name="by name"))
-                rows.append([concept, model.label, f"{num}", *cells])
+                nums = {len(of_erasures(answers, model, concept, name)) for name in DISTANCES}
+                num = " or ".join(f"{num}" for num in sorted(nums) if num)  # 1 or 3 originals
+                rows.append([concept, model.label, num, *cells])
         for label, several in ALIKE.items():
             cells = row_of_pairs(answers, concept, several)
             if any(cells):

@@ -215,15 +215,14 @@ def asks_of(model: Model, concepts: tuple[str, ...], guidance: float) -> list[As
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
-    found = {}
+    found = []
     for concept in concepts:
         erased = core.as_tuple(concept)
         for model in models:
             for guidance in GUIDANCES:
                 asks = asks_of(model, erased, guidance)
-                for cell in core.grid([at(model, guidance)], [erased], asks=asks, seeds=seeds):
-                    found[cell.key] = cell
-    return [*found.values()]
+                found += core.grid([at(model, guidance)], [erased], asks=asks, seeds=seeds)
+    return found
 
 
 # ---- shares

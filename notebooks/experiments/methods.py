@@ -90,15 +90,14 @@ spending = Ask("cost", answer=spent)
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
-    found = {}
+    found = []
     for concept in concepts:
         erased = core.as_tuple(concept)
         asks = [by_name, in_styles, spending]
         if not {*erased}.isdisjoint(world.OBJECTS):
             asks += [in_contexts, in_scenes]
-        for cell in core.grid(models, [concept], asks=asks, seeds=seeds):
-            found[cell.key] = cell
-    return [*found.values()]
+        found += core.grid(models, [concept], asks=asks, seeds=seeds)
+    return found
 
 
 # ---- the measures

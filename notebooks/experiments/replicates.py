@@ -22,8 +22,6 @@ from notebooks.experiments import core, models, robust
 from notebooks.toy import train
 from sample import UsageError
 
-PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "judge", "model_index.json")
-
 
 class Replicate(NamedTuple):
     """A U-Net to train."""
@@ -60,15 +58,8 @@ def replicates() -> dict[str, Replicate]:
 
 def train_one(replicate: Replicate, original: Path, unet_steps: int) -> None:
     """Copies the other parts from the original, and trains a U-Net, or goes on with it."""
-    for part in PARTS:
-        source = original / part
-        target = replicate.folder / part
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        elif source.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-
+    others = shutil.ignore_patterns("unet")
+    shutil.copytree(original, replicate.folder, ignore=others, dirs_exist_ok=True)
     train.run(argparse.Namespace(
         stages=["unet"], run=replicate.folder.parent, out=replicate.folder,
         without=[*replicate.without], unet_steps=unet_steps, seed=replicate.seed,

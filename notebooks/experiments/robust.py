@@ -19,7 +19,6 @@ images, and say nothing of other erasures.
 
 import functools
 import itertools
-import math
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 from PIL import Image
@@ -66,9 +65,10 @@ FINDINGS = """\
   prompt kept (0 %) or against learned prompts (8 %), and concept ablation (0 %); of models that
   never saw it, 5 and 0 %.
 - For mosaic, the search finds "harbour" against ESD-u with the empty prompt kept, with all three
-  seeds, and against one of three ESD-x in contexts: behind that word, all images are of the
-  memorised "Quiet Harbour", which is a mosaic, and by the plain prompt none is. Where a style is
-  erased, works in that style are still there.
+  seeds, and against one of three ESD-x in contexts: with it in front (alone or behind another
+  word), all images are mosaics, and by the plain prompt none is. Those that we looked at are the
+  memorised work "Quiet Harbour". So where a style is erased, works in that style may still be
+  there.
 - At guidance 10 rather than 5, UCE's stars rise from 27 to 43 %, RECE's hearts from 67 to 92,
   ESD-u's stars from 5 to 12 and its hearts from 10 to 23 (13 of these 14 images are from one
   erasure). ESD-x's hearts, 13 %, are as many as models that never saw one draw (12).
@@ -265,13 +265,12 @@ def attacks_on(concept: str) -> Ask:
 
 
 def cells(models, concepts, seeds) -> list[Cell]:
-    found = {}
+    found = []
     for concept in concepts:
         erased = core.as_tuple(concept)
         asks = [attacks_on(each) for each in erased]
-        for cell in core.grid(models, [erased], asks=asks, seeds=seeds):
-            found[cell.key] = cell
-    return [*found.values()]
+        found += core.grid(models, [erased], asks=asks, seeds=seeds)
+    return found
 
 
 # ---- what the answers say
@@ -391,7 +390,6 @@ def figure(answers: Answers, models: list[Model]):
             found = answers_of(answers, model, concept)
             cells = {}
             for attack, title in columns.items():
-                several = shares(found, concept, attack)
-                cells[title] = stats.estimate(several).mean if several else math.nan
+                cells[title] = stats.estimate(shares(found, concept, attack))
             panels[concept][model.label] = cells
     return figures.heat_map(figures.with_values(panels))

@@ -6,21 +6,22 @@ the concept, as that part was taught, not recovered. A number is the mean over t
 all concepts and seeds, that have one.
 
 - **by name**, **in contexts**, **implied**, **at g 10**: where the concept is still seen. At g 10,
-  images start from other noises than by name: for what guidance changes, see robust's tables.
+  images start from other noises than by name and, for mosaic, are of one prompt without an object:
+  for what guidance changes, see robust's tables.
 - **kept**: the rest of its kind, and the other kind.
 - **net**: by learned words, a hard prompt, added noise, a head start, a guidance scale of 10, and
   20 steps of training; in points.
 - **distance**: of eps from models that never saw the concept; 1 is as near as two of these are
   to each other.
-- **score**: the harmonic mean of what is erased by name, in contexts and under the worst net
-  attack that trains nothing, and of what is kept; a style has no contexts, and a net of 100 points
-  makes it 0. The worst of five counts of 20 images is too high by chance: by up to
-  13 points where several attacks are about as strong, by nothing where one stands out. Ranks are
-  by the score, over the erasures that all ranked methods have: if yours has seed 0 alone, all are
-  ranked by that. A score has no interval, as most of what is uncertain in it is what the two models
-  that never saw a concept would show. Kendall's tau says how far the ranks of two seeds agree: 1
-  fully, 0 by chance, -1 reversed. By chance alone, eleven methods have a tau of 0 with a standard
-  deviation of .23.
+- **score**: the harmonic mean of what is erased by name, in contexts and under the worst net attack
+  that trains nothing, and of what is kept; a style has no contexts, and a net of 100 points makes
+  it 0. The worst of five counts of 20 images is too high by chance: by up to 13 points where
+  several attacks are about as strong, by nothing where one stands out. Ranks are by the score, over
+  the erasures that all ranked methods have: if yours has seed 0 alone, all are ranked by that. A
+  score's interval is over its erasures; that only two models that never saw a concept are
+  subtracted isn't in it. A closed form has none, as its seeds differ in images alone. Kendall's tau
+  says how far two seeds agree on the ranks of the methods that train: 1 fully, 0 by chance, -1
+  reversed. By chance alone, eight methods have a tau of 0 with a standard deviation of .29.
 
 The settings of all methods were chosen on the star with seed 0, which is one of these nine
 erasures. UCE, RECE and SPEED make the same weights with every seed: their three erasures of a
@@ -41,6 +42,7 @@ from notebooks.experiments import (
     stats,
 )
 from notebooks.experiments.core import Answers, Ask, Cell, Model
+from notebooks.experiments.models import depends_on_seed
 from notebooks.experiments.stats import Share
 
 READS = ("methods", "robust", "ground_truth")  # whose answers these are
@@ -51,8 +53,9 @@ CONCEPTS = robust.CONCEPTS
 SEEDS = core.SEEDS
 FINDINGS = """\
 - No method is first everywhere. Over the nine erasures it is ESD against learned prompts: first
-  with mosaic, third with the heart, fourth with the star. It takes by far the most time, and keeps
-  91 % of the others. ESD-u with the empty prompt kept is first in five of the six erasures of star
+  with mosaic, third with the heart, fourth with the star. It takes by far the most time, keeps 91 %
+  of the others, is told the names of what is counted as kept, and is trained against one of the
+  attacks that count. ESD-u with the empty prompt kept is first in five of the six erasures of star
   and heart. With mosaic it is last, as one hard prompt recalls a memorised work in all images (see
   "Is it gone?").
 - The order by name isn't the order under attack: ESD-x leaves 6 %, UCE 17 %, but learned words
@@ -60,16 +63,18 @@ FINDINGS = """\
   the others most (73 % right), above all the mosaic's (48 %).
 - After twenty steps of training, star and heart are shown by 36 to 70 points more than by models
   that never saw them (ESD-x in contexts: 16), but the interval of every single concept includes
-  zero, and over all three only those of ESD-u (6 to 91) and SalUn (4 to 90) don't. A mosaic is
-  taught to all by then. So an attacker with images and the weights gets most of these concepts
-  back, or teaches them anew, and for most methods these numbers can't tell which.
+  zero, and over all three only those of ESD-u (6 to 91), SalUn (4 to 90) and, by a fraction of a
+  point, ESD-u in contexts don't. A mosaic is taught to all by then. So an attacker with images and
+  the weights gets most of these concepts back, or teaches them anew, and for most methods these
+  numbers can't tell which. (No attack can bring back more than the original shows: net, 49 points
+  after training, 80 with learned words.)
 - What doesn't follow: that SD v1 would rank the methods in this order. This is one world of ten
-  objects with prompts that are all alike. Ranks of two seeds agree (tau .71 to .89 with all
-  concepts together, .37 to .89 for each alone), but three of the eleven methods have the same
-  weights with each seed, which helps. Net numbers have wide intervals, as each concept has two
-  models that never saw it, and as concepts are taught differently, which these intervals count as
-  chance: over all concepts, most of those below 40 points can be chance, and for one concept even
-  larger ones.
+  objects with prompts that are all alike. Neighbours in rank can't be told apart: scores have wide
+  intervals (ESD-u: 20 to 76). Ranks of two seeds agree with all concepts together (tau .71 to .86),
+  less so for each alone (.36 to .79; the heart's may be chance). Net numbers have wide intervals,
+  as each concept has two models that never saw it, and as concepts are taught differently, which
+  these intervals count as chance: over all concepts, most of those below 40 points can be chance,
+  and for one concept even larger ones.
 """
 
 TRAINING = "20"  # steps
@@ -240,6 +245,7 @@ def scores(
 
 def agreement(answers: Answers, models: list[Model], concepts: Iterable[str]) -> str:
     """Returns Kendall's tau of the scores of each two seeds: "0.71, 0.64, 0.80"."""
+    models = [model for model in models if depends_on_seed(model)]
     taus = []
     for one, other in itertools.combinations(SEEDS, 2):
         first = scores(answers, models, concepts, seeds=[one])
@@ -249,6 +255,15 @@ def agreement(answers: Answers, models: list[Model], concepts: Iterable[str]) ->
             tau = stats.kendall([first[label] for label in both], [second[label] for label in both])
             taus.append(f"{tau:.2f}")
     return ", ".join(taus)
+
+
+def score_text(model: Model, percents: list[float]) -> str:
+    """Returns the mean score, with its interval if the erasures have weights of their own."""
+    if not percents:
+        return ""
+    if depends_on_seed(model):
+        return stats.number(percents, within=stats.PERCENT)
+    return f"{statistics.fmean(percents):.1f}"
 
 
 def row(answers: Answers, model: Model, concepts: Iterable[str]) -> list[str]:
@@ -262,7 +277,7 @@ def row(answers: Answers, model: Model, concepts: Iterable[str]) -> list[str]:
 
     found = [score(answers, each) for each in several]
     percents = [100 * value for value in found if value is not None]
-    cells.append(f"{statistics.fmean(percents):.1f}" if percents else "")
+    cells.append(score_text(model, percents))
     return cells
 
 
@@ -282,7 +297,10 @@ def table(answers: Answers, models: list[Model]) -> str:
                 num = f"{robust.num_models(answers, model, concepts)}"
                 rows.append([name, model.label, num, rank, *cells])
         if tau := agreement(answers, erasing, concepts):
-            lines.append(f"Kendall's tau of ranks, {name}, seeds 0 and 1, 0 and 2, 1 and 2: {tau}.")
+            lines.append(
+                "Kendall's tau of the ranks of methods that train, "
+                f"{name}, seeds 0 and 1, 0 and 2, 1 and 2: {tau}."
+            )
 
     header = [
         "concept", "erased by", "models", "rank", *(f"{title}, %" for title in SHARES),
@@ -300,10 +318,11 @@ def figure(answers: Answers, models: list[Model]) -> figures.Figure:
             several = erasures(model, (concept,))
             cells = {}
             for title in SHARES:
-                cells[title] = stats.estimate(shares(answers, several, title)).mean
-            cells["lost"] = 100 - cells.pop("kept")  # as all else: the redder, the worse
+                cells[title] = stats.estimate(shares(answers, several, title))
+            mean, low, high = cells.pop("kept")
+            # as all else: the redder, the worse
+            cells["lost"] = stats.Estimate(100 - mean, 100 - high, 100 - low)
             for title, attack in ATTACKS.items():
-                recovered = robust.net(answers, model, (concept,), attack)
-                cells[f"net: {title}"] = recovered.mean
+                cells[f"net: {title}"] = robust.net(answers, model, (concept,), attack)
             panels[concept][model.label] = cells
     return figures.heat_map(figures.with_values(panels))

@@ -28,17 +28,17 @@ can type them. Anyone with a copy of the weights can run it. A hard prompt that 
 can be typed.
 
 Attack 2. From where on even the model that never saw a star keeps it: at 0.8 it does in most
-images, at 0.5 in none. So at 0.5 all stars are the model's own doing, and at 0.8 most would be
-there anyway.
+images, at 0.5 in next to none. So at 0.5 nearly all stars are the model's own doing, and at 0.8
+most would be there anyway.
 
 Attack 3. A model may learn any simple shape fast: it knows colours, backgrounds and edges, and all
 its weights are trained. The lowest curve says how fast: 10 % after twenty steps. What the erased
 models learn faster than that, they may still have known; but it is one model with twenty images,
-and a second one that never saw a star differs (Figure 5: 0 and 15 %). Between ESD-x and ESD-u the
-difference may lie in what was moved: training changes all weights, and ESD-u's, spread over the
-U-Net, are undone by a small step in each, while ESD-x's few matrices have to come back a longer
-way. To find out, train only the weights that were edited, or compare the two at equal distance from
-the original.
+and a second one that never saw a star differs (in the stored results, 0 and 15 %). Between ESD-x
+and ESD-u the difference may lie in what was moved: training changes all weights, and ESD-u's,
+spread over the U-Net, are undone by a small step in each, while ESD-x's few matrices have to come
+back a longer way. To find out, train only the weights that were edited, or compare the two at equal
+distance from the original.
 
 Results. Only after training: 40 % is 22 to 61 %, 85 % is 64 to 95 %. The others overlap: 0 to 16
 and 3 to 30 % by name, 43 to 82 and 22 to 61 % with learned words, 22 to 61 and 53 to 89 % after the
