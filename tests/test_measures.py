@@ -222,20 +222,6 @@ def test_a_hard_prompt_is_sought_until_all_images_show_the_concept():
     assert {*asked} == {"sea badge a star"}
 
 
-def test_which_noises_lead_to_the_concept():
-    """Each x_t says from which amount on it shows the concept."""
-    tried = []
-
-    def draw(x_t, amount, rng):
-        tried.append((amount, len(x_t)))
-        return [amount >= needed for needed in x_t.tolist()]
-
-    x_t = torch.tensor([3.0, 1.0, 9.0, 2.0])
-    shows = list
-    assert robust.with_noise(draw, x_t, shows, amounts=(1, 2, 3, 4)) == "1101"
-    assert tried == [(1, 4), (2, 3), (3, 2), (4, 1)]
-
-
 def attacked(by_name: int, relearned: dict[int, int], noise: str = "0" * 20) -> dict:
     """Returns an answer with 20 images each, so many of stars."""
     def letters(hits):

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import json
 import re
 from dataclasses import replace
 from functools import partial
@@ -95,7 +94,6 @@ def test_the_interface(name, sd):
     """Same seed, same theta; seed, anchor and keep change it where the method uses them."""
     settings, uses_seed, uses_anchor, uses_keep = INTERFACE[name]
     erase_with = importlib.import_module(f"notebooks.methods.{name}").erase
-    assert json.loads(json.dumps(settings)) == settings
     assert [*inspect.signature(erase_with).parameters][:4] == ["sd", "concepts", "keep", "seed"]
     before = {key: W.clone() for key, W in sample.unet_tensors(sd).items()}
 
@@ -109,11 +107,14 @@ def test_the_interface(name, sd):
     assert equal(sample.unet_tensors(sd), before)
     assert all(W.grad is None for W in sd.unet.parameters())
 
-    assert equal(run(), theta)
-    assert equal(run(seed=1), theta) != uses_seed
-    assert equal(run(anchor="circle"), theta) != uses_anchor
-    assert equal(run(keep=["ring"]), theta) != uses_keep
-    run(keep=[])
+    changes = {"seed": 1, "anchor": "circle", "keep": ["ring"]}
+    is_used = dict(zip(changes, (uses_seed, uses_anchor, uses_keep)))
+    unused = {key: value for key, value in changes.items() if not is_used[key]}
+    assert equal(run(**unused), theta)
+    for key in changes.keys() - unused.keys():
+        assert not equal(run(**{key: changes[key]}), theta), key
+    if uses_keep:
+        run(keep=[])
 
 
 @pytest.mark.parametrize("name", INTERFACE)
@@ -133,7 +134,7 @@ def x_t(**options):
 
 def test_esd_is_esd(sd):
     """Each setting gets where erase.erase has it."""
-    settings = {"eta": 2.0, "lr": 1e-3, "iterations": 3, "batch": 2}
+    settings = {"eta": 2.0, "lr": 1e-3, "iterations": 2, "batch": 2}
     theta = esd.erase(
         sd, {"star": "heart", "moon": "ring"}, seed=3, method="esd-u", steps=3, guidance=2.0,
         every_step=True, **settings,
@@ -250,7 +251,7 @@ def test_variations_get_their_settings(sd):
 @pytest.mark.parametrize("every_step", [True, False])
 def test_esd_in_contexts_takes_anchors_for_contexts(every_step, sd):
     contexts = {"star": "", "a red star": "a red picture"}
-    settings = {"iterations": 4, "lr": 1e-3, "batch": 1}
+    settings = {"iterations": 2, "lr": 1e-3, "batch": 1}
     theta = esd_in_contexts.erase(sd, contexts, steps=3, every_step=every_step, **settings)
     data = partial(
         esd_in_contexts.data, sd=sd, contexts=contexts, steps=3, every_step=every_step
@@ -982,17 +983,6 @@ def test_adversarial_esd_without_a_prompt_to_keep_is_refused(sd):
         )
 
 
-def test_adversarial_esd_runs_as_a_loss(sd):
-    theta = erase.erase(
-        sd, ["star"], iterations=2, lr=1e-3,
-        loss_fn=partial(adversarial_esd.loss, steps=2),
-        data=partial(adversarial_esd.data, sd=sd, keep=["a heart", "a moon"], steps=2),
-    )
-    weights = dict(sd.unet.named_parameters())
-    assert any(not torch.equal(weights[name], W) for name, W in theta.items())
-    assert all(W.isfinite().all() for W in theta.values())
-
-
 @pytest.mark.robustness  # seconds
 def test_adversarial_esd_runs_from_the_command_line(sd, folder, tmp_path, monkeypatch):
     """As from Python, with the flags that its data takes."""
@@ -1136,6 +1126,7 @@ def test_a_checkpointed_unet_keeps_less_and_shares_its_weights(sd):
     assert not isinstance(resnet, checkpointed.Checkpointed)  # the original stays as it is
 
 
+@pytest.mark.robustness  # it is about torch
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_torchs_checkpoint_alone_loses_theta(use_reentrant, sd, monkeypatch):
     """Why checkpointed.py keeps the weights: this is what its docstring says happens otherwise."""

@@ -91,6 +91,7 @@ def test_unet_keeps_the_size_of_the_latent(size):
     assert MODELS["unet"](x_t, 1, text).shape == x_t.shape
 
 
+@pytest.mark.robustness  # seconds, where a CPU has neither
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_unet_in_half_precision_returns_the_dtype_of_the_latent(dtype):
     """The sampler keeps x_t in float32 while the weights are in half precision."""

@@ -147,8 +147,10 @@ def test_exercises_are_marked_for_nbgrader(file):
     nbgrader leaves as it is.
     """
     cells = code_cells(file)
+    checked = 0
     for cell, check in zip(cells, cells[1:]):
         if "says = checks." in "".join(check["source"]):
+            checked += 1
             source = "".join(cell["source"])
             check_marks = check["metadata"]["nbgrader"]
             assert check_marks["grade"] and check_marks["locked"] and check_marks["points"] == 1
@@ -164,6 +166,7 @@ def test_exercises_are_marked_for_nbgrader(file):
             assert source.endswith(
                 "    ### BEGIN SOLUTION\n    return ...\n    ### END SOLUTION"
             )
+    assert checked > 0
 
 
 # ---- the handout
@@ -305,12 +308,13 @@ def test_every_second_x_t_is_of_a_prompt_to_keep(notebook_4, sd):
     batches = notebook_4["with_x_t_of_prompts_to_keep"](edited, texts, (4, 4, 8, 8), rng)
 
     kept = {features.sum().item() for features in notebook_4["kept"]}
-    for of_star, of_kept in zip(batches, batches):
+    for of_star, of_kept in itertools.islice(zip(batches, batches), 50):
         assert torch.equal(of_star.text.concept, texts[0].concept)
         assert torch.equal(of_kept.text.null, of_kept.text.concept)
         kept.discard(of_kept.text.concept[0].sum().item())
         if not kept:
             break
+    assert not kept
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)

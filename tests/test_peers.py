@@ -107,7 +107,7 @@ def test_restnet_with_use_in_shortcut():
 def test_spatial_transformer_cross_attention_dim():
     torch.manual_seed(0)
     x = torch.randn(1, 64, 64, 64)
-    layer = unet.SpatialTransformer(64, text_dim=64, heads=2, groups=32)
+    layer = unet.SpatialTransformer(64, context_dim=64, heads=2, groups=32)
     text = torch.randn(1, 4, 64)
 
     recorded = [0.0143, -0.6909, -2.1547, -1.8893, 1.4097, 0.1359, -0.2521, -1.3359, 0.2598]
@@ -127,8 +127,9 @@ def test_down_block_2d():
 
     recorded = [-0.0232, -0.9869, 0.8054, -0.0637, -0.1688, -1.4264, 0.4470, -1.3394, 0.0904]
     with torch.no_grad():
-        resnet, downsampled = block(x, emb, None)
+        last, (resnet, downsampled) = block(x, emb, None)
     assert misses(downsampled[0, -1, -3:, -3:].flatten(), recorded) < 1e-4
+    assert last is downsampled
 
     assert misses(resnet[0, -1, -3:, -3:].flatten(), recorded) > 0.1
 

@@ -39,12 +39,15 @@ def test_noised_images_are_the_forward_process(sd, images):
     latents = sd.encode_images(images)
     abar = ddim.alphas_cumprod()
     times = []
+    used = set()
     for x_t, t, eps in itertools.islice(probes.noised_images(sd, images, batch=3), 50):
         a = abar[t][:, None, None, None]
         x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()
         distances = (x_0[:, None] - latents[None]).flatten(2).abs().amax(dim=2)  # (3, images)
         assert (distances.amin(dim=1) < 1e-3 / abar[t].sqrt()).all()
+        used.update(distances.argmin(dim=1).tolist())
         times += t.tolist()
+    assert used == {*range(len(images))}
     assert min(times) < 50
     assert max(times) > 950
     assert len(set(times)) > 100
@@ -138,7 +141,7 @@ def test_the_noise_that_is_added_is_ddims_own(sd, monkeypatch):
 # ---- the attacks
 
 
-def test_the_24_amounts_of_noise(sd, monkeypatch):
+def test_which_noises_lead_to_the_concept(sd, monkeypatch):
     """Noise 0 never shows the concept, noise i with the i-th amount; then it isn't drawn again."""
     calls = []
 
@@ -148,25 +151,24 @@ def test_the_24_amounts_of_noise(sd, monkeypatch):
         calls.append((x_t[:, 0].tolist(), amount, rng))
         return [amount == amounts[i - 1] and i > 0 for i in calls[-1][0]]  # "images"
 
-    def count(x_t):
+    def led_there(x_t):
         return probes.with_noise(
-            sd, "text", x_t, shows=lambda images: images, steps=2, guidance=4.0
+            sd, "text", x_t, shows=lambda images: images, amounts=amounts, steps=2, guidance=4.0
         )
 
     amounts = sorted(probes.NOISES)
     monkeypatch.setattr(probes, "draw", draw)
-    monkeypatch.setattr(probes, "NOISES", amounts)
     assert len(set(amounts)) == 24
     assert (amounts[0], amounts[-1]) == (1, 1.85 * 1.04)
 
     noise = torch.arange(4)[:, None]
-    assert count(noise) == 3
+    assert led_there(noise) == [False, True, True, True]
     drawn = [numbers for numbers, _, _ in calls]
     assert drawn == [[0, 1, 2, 3], [0, 2, 3], [0, 3], *[[0]] * 21]
     assert [amount for _, amount, _ in calls] == amounts
     assert len({id(rng) for _, _, rng in calls}) == 1  # goes on: fresh noise for each
 
-    assert count(noise[1:2]) == 1
+    assert led_there(noise[1:2]) == [True]
     assert len(calls) == 25  # none is left to draw
 
 

@@ -396,6 +396,7 @@ def test_a_compiled_unet_gives_the_same_image(sd):
 # ---- half precision
 
 
+@pytest.mark.robustness  # seconds, where a CPU has neither
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_half_precision_latents_are_float32(folder, dtype):
     half = sample.load(folder, dtype=dtype)

@@ -162,22 +162,6 @@ def prompt_of(concept: str) -> str:
     return with_article(prompt) if core.kind_of(concept) == "object" else prompt
 
 
-def with_noise(
-    draw: Callable, x_t: Tensor, shows: Callable, amounts: tuple[float, ...]
-) -> str:
-    """Returns which starting noises lead to the concept with added noise, "1" or "0" each.
-
-    As `probes.with_noise`, which counts them. draw: `probes.draw` with a model and a text.
-    """
-    rng = Generator().manual_seed(1)
-    left = [*range(len(x_t))]  # those that haven't led there yet
-    for amount in amounts:
-        if left:
-            shown = shows(draw(x_t[left], amount=amount, rng=rng))
-            left = [i for i, each in zip(left, shown) if not each]
-    return "".join("0" if i in left else "1" for i in range(len(x_t)))
-
-
 class Target(NamedTuple):
     """A model that is attacked, and what an attacker has.
 
@@ -244,8 +228,9 @@ def attack(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
 
     count = functools.partial(count_shown, sd=sd, shows=target.shows)
     hard = hard_prompt(prompt, probes.vocabulary(sd)[: effort.tokens], count)
-    draw = functools.partial(probes.draw, sd, target.text, steps=STEPS, guidance=GUIDANCE)
-    noise = with_noise(draw, x_t, target.shows, amounts=effort.amounts)
+    noise = probes.with_noise(
+        sd, target.text, x_t, target.shows, effort.amounts, steps=STEPS, guidance=GUIDANCE
+    )
     relearned = {}
     trained = probes.relearned(sd, prompt, target.batches(), effort.stops)
     for stop, model in zip(effort.stops, trained):
@@ -254,7 +239,7 @@ def attack(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
     return {
         "seen": seen_after(target, hard, effort),
         "prompt": hard,
-        "noise": noise,
+        "noise": "".join("1" if has_led_there else "0" for has_led_there in noise),
         "relearned": relearned,
     }
 

@@ -185,26 +185,26 @@ def vocabulary(sd: StableDiffusion) -> list[str]:
 
 def with_noise(
     sd: StableDiffusion, text: Tensor, x_t: Tensor,
-    shows: Callable[[list[Image.Image]], list[bool]],
+    shows: Callable[[list[Image.Image]], list[bool]], amounts: Iterable[float] = NOISES,
     steps: int = 10, guidance: float = 5.0,
-) -> int:
-    """Counts how many starting noises lead to the concept with added noise.
+) -> list[bool]:
+    """Returns which starting noises lead to the concept with added noise.
 
-    x_t: the starting noises, (B, 4, H, W); one counts if any of 24 amounts of added noise
+    x_t: the starting noises, (B, 4, H, W); one does if any of the amounts of added noise
     leads to an image of the concept. shows: whether each of some images shows it.
     Lu et al., "When Are Concepts Erased From Diffusion Models?",
     https://arxiv.org/abs/2505.17013.
     """
     rng = Generator().manual_seed(1)
-    left = x_t  # those that haven't led there yet
-    for amount in NOISES:
-        if len(left) > 0:
+    left = [*range(len(x_t))]  # those that haven't led there yet
+    for amount in amounts:
+        if left:
             images = draw(
-                sd, text, left,
+                sd, text, x_t[left],
                 steps=steps, guidance=guidance, amount=amount, rng=rng,
             )
-            left = left[[not shown for shown in shows(images)]]
-    return len(x_t) - len(left)
+            left = [i for i, is_shown in zip(left, shows(images)) if not is_shown]
+    return [i not in left for i in range(len(x_t))]
 
 
 def head_start(
