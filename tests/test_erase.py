@@ -159,11 +159,11 @@ def test_x_t_from_model_draws_the_concept_then_the_step_then_the_noise(sd):
         assert text is texts[i] and t.tolist() == [times[k]] * 2
         expected = denoised(sd.unet, noise, times[:k], text, 2.5)
         assert torch.allclose(x_t, expected, atol=1e-4), (i, k)
-        if i == 0 and k > 0:  # "star", drawn for "circle"
+        if i == 0 and k > 0 and "its anchor" not in seen:  # "star", drawn for "circle"
             for_concept = text._replace(anchor=text.concept)
             other = denoised(sd.unet, noise, times[:k], for_concept, 2.5)
             assert not torch.allclose(x_t, other, atol=1e-3)
-            seen.add("by its anchor")
+            seen.add("its anchor")
         seen |= {("concept", i), ("step", k)}
     assert len(seen) == 3 + 4 + 1  # the seed shows each of them
 
@@ -405,6 +405,7 @@ def moved(sd, theta):
     return changed.float().mean()
 
 
+@pytest.mark.robustness  # seconds, where a CPU has no bfloat16
 def test_half_precision_model_is_tuned_in_float32(folder):
     sd = sample.load(folder, dtype="bfloat16")
     theta = erase.erase(sd, ["star"], iterations=1, data=drawn_by(erase.x_t_from_model, steps=2))
@@ -852,6 +853,12 @@ def test_loading_shares_what_was_not_tuned_and_leaves_the_original(sd, tmp_path)
 
 # Command line
 
+@pytest.fixture
+def loaded(sd, monkeypatch):
+    """The command gets the small model at once, whatever --model says."""
+    monkeypatch.setattr(sample, "load", lambda *_: sd)
+
+
 def run_main(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["erase.py", *map(str, arguments)])
     erase.main()
@@ -915,8 +922,6 @@ def test_the_command_writes_weights_and_images(sd, folder, tmp_path, monkeypatch
 @pytest.mark.parametrize("arguments, says", [
     (["--model", "nowhere"], "can't load nowhere: "),
     (["--steps", "501"], "steps is 501, choose 1 to 500"),
-    (["--iterations", "-1"], "iterations -1"),
-    (["--batch", "0"], "batch 0"),
     (["--image", "a.png", "b.png"], "2 images for 1 concepts"),
     (["--image", "README.md"], "cannot identify image file 'README.md'"),
     (["--image", "nowhere.png"], "nowhere.png"),
@@ -968,10 +973,10 @@ def test_files_have_the_mode_that_the_user_chose(folder, tmp_path, monkeypatch, 
      "--every-step changes nothing with notebooks.methods.key_steps:data"),
     (["--data", "test_erase:nothing", "--steps", 3], "--steps changes nothing with test_erase"),
 ])
-def test_a_flag_that_changes_nothing_is_refused(flags, says, folder, tmp_path, monkeypatch,
+def test_a_flag_that_changes_nothing_is_refused(flags, says, loaded, tmp_path, monkeypatch,
                                                 capsys, red_png):
     flags = [red_png if flag == "IMAGE" else flag for flag in flags]
-    stops(monkeypatch, 2, "star", "--model", folder, *flags, "--out", tmp_path / "a.safetensors")
+    stops(monkeypatch, 2, "star", *flags, "--out", tmp_path / "a.safetensors")
     assert f"error: {says}" in capsys.readouterr().err
 
 
@@ -979,10 +984,9 @@ def test_a_flag_that_changes_nothing_is_refused(flags, says, folder, tmp_path, m
     (["Van", "Gogh"], "erasing ['Van', 'Gogh'], then drawing"),
     (["star, heart"], "erasing ['star, heart'], then drawing"),
 ])
-def test_the_first_line_shows_words_that_were_not_quoted(words, plan, folder, tmp_path,
+def test_the_first_line_shows_words_that_were_not_quoted(words, plan, loaded, tmp_path,
                                                          monkeypatch, capsys, no_images):
-    run_main(monkeypatch, *words, "--model", folder, "--iterations", 0, "--steps", 1,
-             "--out", tmp_path / "one.safetensors")
+    run_main(monkeypatch, *words, "--iterations", 0, "--out", tmp_path / "one.safetensors")
     assert capsys.readouterr().out.startswith(plan)
 
 
@@ -1166,12 +1170,13 @@ def test_every_flag_reaches_the_loader_and_the_file(folder, tmp_path, monkeypatc
     assert given == {key: flags[key] for key in ("model", "device", "dtype")}
 
 
-def test_flags_may_come_from_a_file_and_later_ones_win(folder, tmp_path, monkeypatch, no_images):
-    (tmp_path / "flags").write_text(f"--model={folder}\n--iterations 1 --steps=2\n--every-step\n")
+def test_flags_may_come_from_a_file_and_later_ones_win(loaded, tmp_path, monkeypatch, no_images):
+    (tmp_path / "flags").write_text("--model=small\n--iterations 0 --steps=2\n--every-step\n")
     file, seen = f"@{tmp_path}/flags", []
     for i, flags in enumerate(([file], [file, "--steps", 3], ["--steps", 3, file])):
         run_main(monkeypatch, "star", *flags, "--out", tmp_path / f"{i}.safetensors")
         saved = settings_of(tmp_path / f"{i}.safetensors")
-        assert saved["every_step"] and saved["iterations"] == 1 and saved["concepts"] == ["star"]
+        assert saved["every_step"] and saved["iterations"] == 0 and saved["concepts"] == ["star"]
+        assert saved["model"] == "small"
         seen.append(saved["steps"])
     assert seen == [2, 3, 2]

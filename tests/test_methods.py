@@ -89,7 +89,13 @@ INTERFACE = {  # settings, then whether it uses seed, anchor and keep
 }
 
 
-@pytest.mark.parametrize("name", INTERFACE)
+SLOW = ("salun", "adversarial_esd")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.robustness) if name in SLOW else name
+    for name in INTERFACE
+])
 def test_the_interface(name, sd):
     """Same seed, same theta; seed, anchor and keep change it where the method uses them."""
     settings, uses_seed, uses_anchor, uses_keep = INTERFACE[name]

@@ -567,6 +567,7 @@ def changed(sd):
     return sample.with_weights(sd, {"conv_out.weight": 1.05 * sd.unet.conv_out.weight})
 
 
+@pytest.mark.robustness  # seconds, where a CPU has neither
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_fingerprint_tells_models_apart_and_not_precisions(sd, folder, dtype):
     ours = sample.fingerprint(sd)
@@ -737,7 +738,13 @@ def test_a_sheet_has_a_row_for_each_prompt(folder, tmp_path, monkeypatch):
     assert Image.open(sheet).convert("RGB").tobytes() == expected.convert("RGB").tobytes()
 
 
-def test_every_flag_reaches_generate(folder, tmp_path, calls):
+@pytest.fixture
+def loaded(sd, monkeypatch):
+    """The command gets the small model at once, whatever --model says."""
+    monkeypatch.setattr(sample, "load", lambda *_: sd)
+
+
+def test_every_flag_reaches_generate(loaded, tmp_path, calls):
     flags = {
         "num": 2,
         "seed": 3,
@@ -749,16 +756,16 @@ def test_every_flag_reaches_generate(folder, tmp_path, calls):
     }
     typed = [word for name, value in flags.items() for word in (f"--{name}", value)]
     out = tmp_path / "x.png"
-    commands.run(sample.main, "a star", "a moon", "--model", folder, *typed, "--out", out)
+    commands.run(sample.main, "a star", "a moon", *typed, "--out", out)
 
     call, = calls
     assert call["prompts"] == ["a star", "a moon"]
     assert flags.items() <= call.items()
 
 
-def test_flags_may_come_from_a_file_and_later_ones_win(folder, tmp_path, calls):
+def test_flags_may_come_from_a_file_and_later_ones_win(loaded, tmp_path, calls):
     flags = tmp_path / "flags"
-    flags.write_text(f"--model={folder} --steps 2\n--seed=7\n")
+    flags.write_text("--model=small --steps 2\n--seed=7\n")
     out = tmp_path / "x.png"
     commands.run(sample.main, "a star", "--seed", 5, f"@{flags}", "--out", out)
     commands.run(sample.main, "a star", f"@{flags}", "--seed", 5, "--out", out)
@@ -790,7 +797,7 @@ def test_words_after_an_option_show_the_quotes_that_are_missing(words, says, cap
     assert commands.refusal(capsys, sample.main, *words.split()).startswith(f"error: {says}")
 
 
-def test_several_erased_files_apply_in_order(sd, folder, tmp_path, calls, capsys):
+def test_several_erased_files_apply_in_order(sd, loaded, tmp_path, calls, capsys):
     """In both forms of the flag. Of the same weights, the last file's count, and a line says so."""
     files = []
     for i, name in enumerate(["conv_in.bias", "conv_in.bias", "conv_out.bias"]):
@@ -798,7 +805,7 @@ def test_several_erased_files_apply_in_order(sd, folder, tmp_path, calls, capsys
         files.append(tmp_path / f"{i}.safetensors")
         save_file(weights, files[-1])
 
-    command = ["a star", "--model", folder, "--out", tmp_path / "x.png"]
+    command = ["a star", "--out", tmp_path / "x.png"]
     commands.run(sample.main, *command, "--erased", *files)
     assert capsys.readouterr().err == f"{files[1]} replaces 1 already edited weights\n"
     commands.run(sample.main, *command, "--erased", files[0], "--erased", files[2])
