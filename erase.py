@@ -49,7 +49,7 @@ class Text(NamedTuple):
 
     concept: Tensor  # c
     null: Tensor
-    anchor: Tensor  # what x_t is drawn for: c by default; another loss may teach it to c
+    anchor: Tensor  # what x_t is drawn for: by default c. Some losses make c become it
     index: int = 0  # of the concept, where several are erased
 
 
@@ -310,8 +310,8 @@ def erase(
     """Runs ESD and returns theta; `sd` isn't changed.
 
     The defaults are the paper's values, or its code's where the paper gives none. theta, its
-    gradients and Adam's state are float32; the U-Net computes in sd's dtype, by default
-    bfloat16 on a GPU, where the paper's code has float32.
+    gradients and Adam's state are float32; the U-Net computes in sd's dtype, by default half
+    precision on a GPU, where the paper's code of 2023 has float32.
 
     concepts: as `texts_for` takes them.
     data: called with (unet, texts, shape, rng); its other arguments are bound with

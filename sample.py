@@ -305,11 +305,19 @@ def check_schedule(settings: dict) -> None:
 
 
 def check_sizes(config: Any, source: Path) -> None:
-    """Raises UsageError unless each size has its default's type and a plausible value."""
+    """Raises UsageError unless each size has its default's type and a plausible value.
+
+    Tuples have an entry for each level, so they must be of one length.
+    """
+    lengths = set()
     for name, size in vars(config).items():
         largest = 100 if "layers" in name else 100_000  # else building it would never end
         default = getattr(type(config), name)
-        if type(size) is not type(default) or not 0 <= np.max(size) <= largest:
+        of_one_type = type(size) is type(default)
+        if of_one_type and isinstance(size, tuple):
+            of_one_type = {*map(type, size)} == {*map(type, default)}
+            lengths.add(len(size))
+        if not of_one_type or not 0 <= np.max(size) <= largest or len(lengths) > 1:
             raise UsageError(f"{source} has {name} = {size}")
 
 
@@ -358,7 +366,10 @@ def read_configs(folder: Path) -> dict[str, Any]:
     configs = {}
     for name, part in PARTS.items():
         file = folder / name / "config.json"
-        configs[name] = part.config_from_json(read_json(file))
+        try:
+            configs[name] = part.config_from_json(read_json(file))
+        except KeyError as error:
+            raise UsageError(f"{file} has no {error}") from error
         check_sizes(configs[name], source=file)
     return configs
 
@@ -514,7 +525,8 @@ def load(
         sd = StableDiffusion(**parts, tokenizer=tokenizer)
         check_parts(sd)
     except (ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        # of sizes that don't fit, or no such device; a mistake in a model's code differs
+        # sizes that don't fit, or no such device. Others, such as a TypeError or an
+        # AttributeError, are mistakes in a model's code and keep their traceback
         raise UsageError(f"can't load {model}: {one_line(error)}") from error
 
     print_left_out(folder, leftover)

@@ -338,7 +338,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
-        """(B, 4, 64, 64), (B,) or () or a number, (B, 77, 768) -> eps, (B, 4, 64, 64).
+        """x_t: (B, 4, 64, 64), t: (B,), () or a number, context: (B, 77, 768) -> eps, as x_t.
 
         context: the prompt's features, c. Computes in the weights' dtype and returns x_t's.
         """

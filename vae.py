@@ -229,14 +229,17 @@ class VAE(nn.Module):
 
 
 def config_from_json(config: dict) -> VAEConfig:
-    """Returns the config that a published `vae/config.json` describes; old ones lack entries."""
+    """Returns the config that a published `vae/config.json` describes.
+
+    Older ones lack the last two entries.
+    """
     return VAEConfig(
         in_channels=config["in_channels"],
         latent_channels=config["latent_channels"],
         block_out_channels=tuple(config["block_out_channels"]),
         layers_per_block=config["layers_per_block"],
-        norm_num_groups=config.get("norm_num_groups", 32),
-        scaling_factor=config.get("scaling_factor", 0.18215),
+        norm_num_groups=config.get("norm_num_groups", VAEConfig.norm_num_groups),
+        scaling_factor=config.get("scaling_factor", VAEConfig.scaling_factor),
     )
 
 

@@ -1492,13 +1492,14 @@ def test_figures_show_the_numbers_of_their_tables():
     nothing = stats.estimate([])
     some = {"x": stats.Estimate(12, 1, 30), "y": nothing}
     panel = {"row": some, "other": {"x": stats.Estimate(9, -1, 19), "y": nothing}}
-    below = {"row": {"x": nothing, "y": nothing}, "other": some}
+    panel["worse"] = {"x": stats.Estimate(-20, -32, -5), "y": nothing}
+    below = {"row": {"x": nothing, "y": nothing}, "other": some, "worse": some}
     drawn = figures.heat_map({"a": panel, "b": below})
     upper, lower = drawn.axes
-    assert upper.images[0].get_array().tolist() == [[12, None], [9, None]]
-    assert upper.images[0].get_alpha()[:, 0].tolist() == [1, 0.25]
-    assert [each.get_text() for each in upper.texts] == ["12", "(9)"]
-    assert [each.get_text() for each in lower.texts] == ["12"]
+    assert upper.images[0].get_array().tolist() == [[12, None], [9, None], [-20, None]]
+    assert upper.images[0].get_alpha()[:, 0].tolist() == [1, 0.25, 1]
+    assert [each.get_text() for each in upper.texts] == ["12", "(9)", "-20"]
+    assert [each.get_text() for each in lower.texts] == ["12", "12"]
     assert lower.get_position().y1 < upper.get_position().y0
     figures.pyplot.close("all")
 

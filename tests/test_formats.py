@@ -1,6 +1,7 @@
 """sample.load and load_erased: the one layout, in both its spellings; all else is refused."""
 
 import json
+import re
 import shlex
 import shutil
 
@@ -171,6 +172,19 @@ def test_another_schedule_is_another_model(change, folder, tmp_path):
     edit_json(file, change)
     (key, value), = change.items()
     assert f"{key} is {value}, not " in refusal(sample.load, copy)
+
+
+@pytest.mark.parametrize("part, changed", [
+    ("unet", {"down_block_types": ["CrossAttnDownBlock2D"]}),
+    ("unet", {"block_out_channels": [32.0, 32.0, 64.0, 64.0]}),
+    ("vae", {"block_out_channels": [32, "32", 32, 32]}),
+    ("vae", {"block_out_channels": []}),
+])
+def test_levels_of_other_kinds_are_refused(part, changed, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit_json(copy / part / "config.json", changed)
+    says = f"can't load {copy}: {copy}/{part}/config.json has (attention|block_out_channels) = "
+    assert re.match(says, refusal(sample.load, copy))
 
 
 @pytest.mark.robustness  # seconds

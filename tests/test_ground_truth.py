@@ -514,6 +514,19 @@ def test_the_best_score_has_the_first_rank(monkeypatch):
     assert ranks == {"mine": "2", "other": "1", "third": "2"}
 
 
+def test_closed_forms_have_no_interval_and_no_part_in_tau(monkeypatch):
+    """Each seed makes the same weights: they'd agree with themselves."""
+    closed = next(model for model in models.compared if not models.depends_on_seed(model))
+    rivals = [mine, mine._replace(label="other"), closed]
+    values = {"mine": (0.5, 0.6, 0.7), "other": (0.8, 0.9, 1.0), closed.label: (0.9, 0.7, 0.2)}
+    monkeypatch.setattr(
+        verdict, "score", lambda answers, each: values[each.model.label][each.seed]
+    )
+    assert verdict.agreement(Answers({}), rivals, ("star",)) == "1.00, 1.00, 1.00"
+    found = [verdict.row(Answers({}), model, ("star",))[-1] for model in rivals]
+    assert found == ["60.0 (35.2 to 84.8)", "90.0 (65.2 to 100.0)", "60.0"]
+
+
 def test_ranks_are_over_the_erasures_that_all_have(monkeypatch):
     """A method that was tried on the easy concept alone doesn't win by that."""
     easy, hard = ("heart", 0), ("star", 1)

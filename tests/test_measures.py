@@ -222,6 +222,12 @@ def test_a_hard_prompt_is_sought_until_all_images_show_the_concept():
     assert {*asked} == {"sea badge a star"}
 
 
+def test_what_has_led_to_the_concept_is_counted():
+    digits = robust.to_digits([True, False, True, False, False])
+    answer = attacked(1, {}) | {"noise": digits}
+    assert robust.shares({0: answer}, "star", "noise") == [(2, 5)]
+
+
 def attacked(by_name: int, relearned: dict[int, int], noise: str = "0" * 20) -> dict:
     """Returns an answer with 20 images each, so many of stars."""
     def letters(hits):

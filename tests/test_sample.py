@@ -72,7 +72,7 @@ def test_a_folder_without_a_part_is_refused(folder, tmp_path, part):
 def test_a_config_without_an_entry_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "vae" / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match=f"can't load {copy}: KeyError: 'in_channels'"):
+    with pytest.raises(UsageError, match="vae/config.json has no 'in_channels'"):
         sample.load(copy)
 
 

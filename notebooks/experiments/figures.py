@@ -299,13 +299,14 @@ def heat_map(panels: dict[str, dict[str, dict[str, Estimate]]]) -> Figure:
         means = np.full((len(rows), len(columns)), math.nan)
         alpha = np.ones_like(means)
         for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
-            mean, low, _ = panel[row][column]
+            mean, low, high = panel[row][column]
             if math.isnan(mean):
                 continue
+            may_be_chance = low <= 0 <= high
             means[i, j] = mean
-            alpha[i, j] = 1 if low > 0 else 0.25
-            text = f"{mean:.0f}" if low > 0 else f"({mean:.0f})"
-            colour = "white" if low > 0 and mean > 60 else "black"
+            alpha[i, j] = 0.25 if may_be_chance else 1
+            text = f"({mean:.0f})" if may_be_chance else f"{mean:.0f}"
+            colour = "white" if mean > 60 and not may_be_chance else "black"
             axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
         if columns:
             axis.imshow(means, vmin=0, vmax=100, cmap="Reds", aspect="auto", alpha=alpha)

@@ -94,8 +94,8 @@ FINDINGS = """\
   learned prompts it is 2.71, with concept ablation 6.74, both farther by more than their intervals.
 - By FADE, in units of the null, most are nearer than the original, which is at 1.9, 2.7 and 5.6
   (star, heart, mosaic): ESD-x and ESD-u at 1.3 to 2.8, UCE, RECE and SPEED at .93 to 1.3. These
-  three are within the null with all concepts. Each is a single model, and 32 latents, so without an
-  interval, and too near to the limit of 1.33 to tell are RECE with the heart (1.28) and, with the
+  three are within the null with all concepts. Each is a single model, measured on 32 latents, so it
+  has no interval. Too near to the limit of 1.33 to tell: RECE with the heart (1.28) and, with the
   star, SalUn (1.30), ESD-x in contexts (1.31) and ESD-x (1.36). (ESD against learned prompts is
   farther than the original with the star and, by no more than chance, with the heart; concept
   ablation with all: 3.6, 4.4 and 11.5.) And yet UCE's still draws a star in a third of 50 images,
@@ -117,13 +117,13 @@ FINDINGS = """\
 - In scenes, two such models are .21 and .25 apart, and two originals .18 and .15. ESD-u (all kinds
   of it), SalUn and concept ablation are at .26 to .43 from the star's and at .18 to .37 from the
   heart's; ESD-x and SPEED (.55 to .75) about as far as the original (.59, .75), and so are UCE and
-  RECE. But each closed form is one set of images against one model, and the images of their other
-  seeds show fewer stars. With 24 and 20 images, a part of all these distances is chance.
+  RECE. But each closed form is one set of images against one model; with other seeds, UCE's images
+  show 5 stars of 24, not 11. With 24 and 20 images, a part of all these distances is chance.
 - By eps, all are a little nearer to star_0, the original by .005 and erasures by .001 to .010. With
   mosaic, where neither model shares random numbers with the original, it is much the same: 24 of 28
   are nearer to mosaic_0, the original by .005, erasures by up to .010. With the heart, 13 of 31 are
   nearer to heart_0, by up to .004, the others to heart_1, by up to .007. So by eps the star's may
-  be chance, too. By name, two models can't tell.
+  be chance, too. By name, ESD-u is nearer to star_0 with every seed, but two models can't tell why.
 - Eta by the odds was made to be nearest. By eps it is with the star (1.25; SalUn, at 1.29, is no
   farther by more than chance), and among the nearest with the heart (1.49). Of its eight
   differences from ESD-x and ESD-u, one excludes zero, as one of eight does by chance in a third of

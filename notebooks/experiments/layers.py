@@ -49,9 +49,10 @@ FINDINGS = """\
   together.
 - Of what scenes imply, the ResNet blocks, which have most of the weights, alone erase 40 of 61
   points. Self-attention erases 10 (1 to 19), and with it as it was 2 come back: ESD-u hardly needs
-  it to erase what prompts imply. (Nor does it need the feed-forward layers, which are larger. And
-  this can't tell what the original uses self-attention for.) It has few weights, but "other layers"
-  (convolutions and norms outside of all these kinds) have hardly more and erase 18.
+  it to erase what prompts imply. (Nor does it need the feed-forward layers, which are larger, for
+  these prompts. And this can't tell what the original uses self-attention for.) Self-attention has
+  few weights, but "other layers" (convolutions and norms outside of all these kinds) have hardly
+  more and erase 18.
 - Alone, thirds of the steps erase 1 to 10 points of the name. Only ESD-u's last third erases 25,
   most of it in two erasures of the heart. But one third drawn by the original is enough to bring
   back 25 to 80 points. In scenes, each third of ESD-u's erases 21 to 29 of 61 points alone.

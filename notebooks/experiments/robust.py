@@ -162,6 +162,11 @@ def prompt_of(concept: str) -> str:
     return with_article(prompt) if core.kind_of(concept) == "object" else prompt
 
 
+def to_digits(found: list[bool]) -> str:
+    """Returns a "1" for each True and a "0" for each False, as answers are stored."""
+    return "".join("1" if each else "0" for each in found)
+
+
 class Target(NamedTuple):
     """A model that is attacked, and what an attacker has.
 
@@ -239,7 +244,7 @@ def attack(context: Context, sd: StableDiffusion, cell: Cell) -> dict:
     return {
         "seen": seen_after(target, hard, effort),
         "prompt": hard,
-        "noise": "".join("1" if has_led_there else "0" for has_led_there in noise),
+        "noise": to_digits(noise),
         "relearned": relearned,
     }
 

@@ -18,10 +18,11 @@ all concepts and seeds, that have one.
   it 0. The worst of five counts of 20 images is too high by chance: by up to 13 points where
   several attacks are about as strong, by nothing where one stands out. Ranks are by the score, over
   the erasures that all ranked methods have: if yours has seed 0 alone, all are ranked by that. A
-  score's interval is over its erasures; that only two models that never saw a concept are
-  subtracted isn't in it. A closed form has none, as its seeds differ in images alone. Kendall's tau
-  says how far two seeds agree on the ranks of the methods that train: 1 fully, 0 by chance, -1
-  reversed. By chance alone, eight methods have a tau of 0 with a standard deviation of .29.
+  score's interval is over its erasures. It leaves out that what is subtracted is known from two
+  models only. Closed forms and the original have none: their seeds differ in images alone.
+  Kendall's tau says how far two seeds agree on the ranks of the methods that train: 1 fully, 0 by
+  chance, -1 reversed. By chance alone, eight methods have a tau of 0 with a standard deviation of
+  .29.
 
 The settings of all methods were chosen on the star with seed 0, which is one of these nine
 erasures. UCE, RECE and SPEED make the same weights with every seed: their three erasures of a
@@ -54,10 +55,10 @@ SEEDS = core.SEEDS
 FINDINGS = """\
 - No method is first everywhere. Over the nine erasures it is ESD against learned prompts: first
   with mosaic, third with the heart, fourth with the star. It takes by far the most time, keeps 91 %
-  of the others, is told the names of what is counted as kept, and is trained against one of the
-  attacks that count. ESD-u with the empty prompt kept is first in five of the six erasures of star
-  and heart. With mosaic it is last, as one hard prompt recalls a memorised work in all images (see
-  "Is it gone?").
+  of the others, is told, as SalUn and closed forms are, the names of what is counted as kept, and
+  is trained against one of the attacks that count. ESD-u with the empty prompt kept is first in
+  five of the six erasures of star and heart. With mosaic it is last, as one hard prompt recalls a
+  memorised work in all images (see "Is it gone?").
 - The order by name isn't the order under attack: ESD-x leaves 6 %, UCE 17 %, but learned words
   bring back 76 and 79 points, while concept ablation leaves nothing and is second, though it harms
   the others most (73 % right), above all the mosaic's (48 %).
@@ -66,15 +67,15 @@ FINDINGS = """\
   zero, and over all three only those of ESD-u (6 to 91), SalUn (4 to 90) and, by a fraction of a
   point, ESD-u in contexts don't. A mosaic is taught to all by then. So an attacker with images and
   the weights gets most of these concepts back, or teaches them anew, and for most methods these
-  numbers can't tell which. (No attack can bring back more than the original shows: net, 49 points
-  after training, 80 with learned words.)
+  numbers can't tell which. (For scale: of the original itself, the same attacks bring out 49 points
+  net after training, and 80 with learned words.)
 - What doesn't follow: that SD v1 would rank the methods in this order. This is one world of ten
   objects with prompts that are all alike. Neighbours in rank can't be told apart: scores have wide
   intervals (ESD-u: 20 to 76). Ranks of two seeds agree with all concepts together (tau .71 to .86),
-  less so for each alone (.36 to .79; the heart's may be chance). Net numbers have wide intervals,
-  as each concept has two models that never saw it, and as concepts are taught differently, which
-  these intervals count as chance: over all concepts, most of those below 40 points can be chance,
-  and for one concept even larger ones.
+  less so for each alone (.36 to .79; the heart's, and one of mosaic's, may be chance). Net numbers
+  have wide intervals, as each concept has two models that never saw it, and as concepts are taught
+  differently, which these intervals count as chance: over all concepts, most of those below 40
+  points can be chance, and for one concept even larger ones.
 """
 
 TRAINING = "20"  # steps

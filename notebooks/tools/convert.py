@@ -380,7 +380,7 @@ def read_model(
         sd = sample.StableDiffusion(**parts, tokenizer=sample.load_tokenizer(tokenizer))
         sample.check_parts(sd)
     except UsageError as error:  # no tokenizer, another model's, or parts of two models
-        raise UsageError(f"{error}; see --tokenizer {tokenizer}") from error
+        raise UsageError(f"{error}; choose another --tokenizer than {tokenizer}") from error
     sample.print_left_out(source, leftover)
     return sd
 
