@@ -453,7 +453,7 @@ def test_a_tokenizer_of_another_model(folder, sd, converted, tmp_path):
     (other / "vocab.json").write_text(json.dumps(vocabulary))
     text = refusal(converted, folder, tokenizer=str(other))
     assert "each pair should be equal: [(822, 821)" in text
-    assert text.endswith(f"see --tokenizer {other}")
+    assert text.endswith(f"choose another --tokenizer than {other}")
 
 
 def test_a_vocabulary_that_gives_an_id_twice(folder, sd, converted, tmp_path):
