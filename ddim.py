@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 TRAIN_STEPS = 1000
-MAX_STEPS = TRAIN_STEPS // 2  # with 501, the stride would be 1, the times 501, 500, ..., 1
+MAX_STEPS = TRAIN_STEPS // 2  # 501 would have a stride of 1: times 501, 500, ..., 1
 BETA_START = 0.00085  # Stable Diffusion v1's
 BETA_END = 0.012
 
@@ -36,12 +36,12 @@ def alphas_cumprod(device: torch.device | str = "cpu") -> Tensor:
 
 
 def timesteps(steps: int) -> list[int]:
-    """Returns the times that `steps` steps visit, noisiest first; of 50: 981, ..., 21, 1.
+    """Returns the times of `steps` steps, noisiest first; of 50: 981, ..., 21, 1.
 
-    Choose a divisor of 1000. For other numbers the times are diffusers', which takes exactly
-    `steps` steps (CompVis's code takes more), and the first is lower: 799 for 400 steps. For
-    1, 2 and 3 steps it is 1, 501 and 667, although sampling starts from noise. Raises
-    ValueError outside 1..500.
+    Choose a divisor of 1000. For other numbers the times are diffusers', which takes
+    exactly `steps` steps (CompVis's code takes more), and the first is lower: 799 for 400
+    steps. For 1, 2 and 3 steps it is 1, 501 and 667, although sampling starts from noise.
+    Raises ValueError outside 1..500.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps is {steps}, choose 1 to {MAX_STEPS}")
@@ -60,7 +60,7 @@ def per_sample(abar: Tensor, x: Tensor) -> Tensor:
 
 
 def add_noise(x_0: Tensor, noise: Tensor, abar_t: Tensor) -> Tensor:
-    """The forward process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDIM, eq. 4).
+    """The forward process (DDIM, eq. 4): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise.
 
     x_0 and noise are (B, 4, H, W); abar_t is (B,), or () for the whole batch.
     """
@@ -70,7 +70,7 @@ def add_noise(x_0: Tensor, noise: Tensor, abar_t: Tensor) -> Tensor:
 
 
 def predicted_x_0(x_t: Tensor, eps: Tensor, abar_t: Tensor) -> Tensor:
-    """Returns the x_0 that eps implies, (B, 4, H, W): DDIM, eq. 9, which is eq. 4 solved for it.
+    """Returns the x_0 that eps implies, (B, 4, H, W): DDIM, eq. 9, or eq. 4 solved for it.
 
     x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t); abar_t is (B,) or ().
     """
@@ -102,8 +102,8 @@ def guided_predictor(
 ) -> Callable:
     """Returns a function predict(x_t, t) -> eps that is guided from `null` to `c`.
 
-    c and null are (B, 77, 768); null is the empty prompt or a negative one. t is one time
-    for the whole batch, (). Both predictions are made in one batch of 2B.
+    c and null are (B, 77, 768); null is the empty prompt or a negative one. t is one
+    time for the whole batch, (). Both predictions are made in one batch of 2B.
     """
     both = torch.cat([null, c])
 
@@ -117,19 +117,21 @@ def guided_predictor(
 def denoise(
     predict: Callable, x_t: Tensor, steps: int, rng: Generator | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields (t, x_t), x_t (B, 4, H, W): for 50 steps (981, noise), ..., (1, x_1), (0, the result).
+    """Yields (t, x_t): for 50 steps (981, noise), ..., (1, x_1), (0, the result).
 
-    predict(x_t, t) returns eps, as `guided_predictor`'s does; t is a tensor, (). Each step
-    is computed only when the next pair is asked for: stop at t, and you pay for the
-    steps so far; change the model in between, and the changed one takes the next step.
+    x_t is (B, 4, H, W). predict(x_t, t) returns eps, as `guided_predictor`'s does; t is a
+    tensor, (). Each step is computed only when the next pair is asked for: stop at t, and
+    you pay for the steps so far; change the model in between, and the changed one takes
+    the next step.
     rng: not used; a sampler that adds noise takes it in the same place.
     """
     abar = alphas_cumprod(x_t.device)
     for t in timesteps(steps):
         yield t, x_t
-        # the last step ends at abar[0] = 0.99915, not at 1, as in Stable Diffusion's own code
+        # the last step ends at abar[0] = 0.99915, not at 1, as in Stable Diffusion's code
         t_prev = max(t - TRAIN_STEPS // steps, 0)
-        t_tensor = torch.tensor(t, device=x_t.device)  # an int would recompile a compiled U-Net
+        # a tensor, as each new int would recompile a compiled U-Net
+        t_tensor = torch.tensor(t, device=x_t.device)
         x_t = step(x_t, predict(x_t, t_tensor), abar[t], abar[t_prev])
 
     yield 0, x_t

@@ -221,10 +221,15 @@ def level_layers(
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: returns x and the outputs of all its layers, which are skips."""
+    """One level on the way down: returns x, and the output of each layer as a skip."""
 
     def __init__(
-        self, inputs: list[int], c_out: int, attention: bool, config: UNetConfig, resample: bool
+        self,
+        inputs: list[int],
+        c_out: int,
+        attention: bool,
+        config: UNetConfig,
+        resample: bool,
     ):
         super().__init__()
         self.resnets, self.attentions = level_layers(inputs, c_out, attention, config)
@@ -251,7 +256,12 @@ class UpBlock(nn.Module):
     """One level on the way up: each resnet takes x and one skip, the latest first."""
 
     def __init__(
-        self, inputs: list[int], c_out: int, attention: bool, config: UNetConfig, resample: bool
+        self,
+        inputs: list[int],
+        c_out: int,
+        attention: bool,
+        config: UNetConfig,
+        resample: bool,
     ):
         super().__init__()
         self.resnets, self.attentions = level_layers(inputs, c_out, attention, config)
@@ -313,10 +323,9 @@ class UNet(nn.Module):
         skips = [widths[0]]
         for level, width in enumerate(widths):
             inputs = [skips[-1]] + [width] * (layers - 1)
+            attention = config.attention[level]
             resample = level < last
-            self.down_blocks.append(
-                DownBlock(inputs, width, config.attention[level], config, resample)
-            )
+            self.down_blocks.append(DownBlock(inputs, width, attention, config, resample))
             skips += [width] * len(inputs)
             if resample:
                 skips.append(width)  # the downsampler's
@@ -331,8 +340,9 @@ class UNet(nn.Module):
             for _ in range(layers + 1):
                 inputs.append(before + skips.pop())  # the latest first, as in forward
                 before = width
+            attention = config.attention[level]
             resample = level > 0
-            self.up_blocks.append(UpBlock(inputs, width, config.attention[level], config, resample))
+            self.up_blocks.append(UpBlock(inputs, width, attention, config, resample))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)

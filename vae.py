@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list for the key: to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, for to_out.0
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[2:]
@@ -105,7 +105,7 @@ def level_resnets(c_in: int, c_out: int, layers: int, groups: int) -> nn.ModuleL
 
 
 class DownBlock(nn.Module):
-    """One level of the encoder: resnets, then a downsampler, which the last level doesn't have."""
+    """One level of the encoder: resnets, then a downsampler but for the last level."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: bool):
         super().__init__()
@@ -119,7 +119,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder: resnets, then an upsampler, which the last level doesn't have."""
+    """One level of the decoder: resnets, then an upsampler but for the last level."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: bool):
         super().__init__()
