@@ -313,11 +313,11 @@ def check_sizes(config: Any, source: Path) -> None:
     for name, size in vars(config).items():
         largest = 100 if "layers" in name else 100_000  # else building it would never end
         default = getattr(type(config), name)
-        of_one_type = type(size) is type(default)
-        if of_one_type and isinstance(size, tuple):
-            of_one_type = {*map(type, size)} == {*map(type, default)}
+        fits = type(size) is type(default)
+        if fits and isinstance(size, tuple):
             lengths.add(len(size))
-        if not of_one_type or not 0 <= np.max(size) <= largest or len(lengths) > 1:
+            fits = {*map(type, size)} == {*map(type, default)} and len(lengths) == 1
+        if not fits or not 0 <= np.max(size) <= largest:
             raise UsageError(f"{source} has {name} = {size}")
 
 
