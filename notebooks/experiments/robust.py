@@ -22,7 +22,7 @@ import itertools
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
 import sample
 from notebooks.experiments import core, figures, models, stats
